@@ -1,0 +1,1 @@
+"""Partial adaptation: base + lambda * (tuned - base), swept, picked and written."""

@@ -1,0 +1,129 @@
+"""Lambda for PEFT adapters: for LoRA and rsLoRA it is a factor on B @ A, exactly.
+
+base + lambda * (base + s B A - base) = base + (lambda * s) B A, so no weight of the base is read.
+What is not linear in one factor (DoRA, IA3, trained copies of whole modules, initialisations
+that change the base) is refused by name. Reads saved adapters; does not load peft.
+Source: huggingface/peft issue 1940; arXiv 2106.09685 (LoRA), 2312.03732 (rsLoRA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from keepshot.blending.blend import same_bits
+from keepshot.errors import ModelError
+from keepshot.models.checkpoint import TensorReader
+
+# B starts at zero (or BA at least leaves the base weights alone), so lambda 0 is the base.
+_BASE_KEEPING_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+# Whatever of these is set makes the adapter more, or other, than a factor times B @ A.
+_NOT_LINEAR = {
+    "use_dora": "DoRA rescales whole weight columns",
+    "use_qalora": "QALoRA pools its input",
+    "use_bdlora": "block-diagonal LoRA",
+    "arrow_config": "Arrow routes between adapters",
+    "kasa_config": "KaSA changes the base weights",
+    "monteclora_config": "MonteCLoRA samples its weights",
+    "velora_config": "VeLoRA compresses activations",
+    "alora_invocation_tokens": "activated LoRA applies to part of a prompt",
+    "layer_replication": "layers are replicated",
+    "modules_to_save": "whole modules were trained beside the adapter",
+    "trainable_token_indices": "embedding rows were trained beside the adapter",
+    "target_parameters": "parameters outside linear layers are adapted",
+}
+
+
+# How a saved adapter's tensor names end, and what lambda makes of each.
+_ROLES = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_B.bias": "bias",
+    ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B",
+    ".base_layer.weight": "copy",
+}
+
+
+def check_exact(config: Mapping[str, Any], *, where: str) -> None:
+    """Check that lambda for this adapter is exactly one factor on B @ A.
+
+    Args:
+        config: the content of `adapter_config.json`, or `PeftConfig.to_dict()`.
+        where: what error messages name as the adapter's place.
+
+    Raises:
+        ModelError: naming what is not exact.
+    """
+    kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
+    if kind != "LORA":
+        raise ModelError(
+            f"{where}: an adapter of type {kind!r} cannot be scaled by lambda; only LoRA and "
+            "rsLoRA can. Merge it into its base and blend the two directories"
+        )
+    reason = next((text for key, text in _NOT_LINEAR.items() if config.get(key)), None)
+    if reason is None and config.get("bias", "none") != "none":
+        reason = f"biases were trained beside the adapter (bias={config['bias']!r})"
+    start = config.get("init_lora_weights", True)
+    if reason is None and start not in _BASE_KEEPING_STARTS:
+        reason = f"it started from changed base weights (init_lora_weights={start!r})"
+    if reason is not None:
+        raise ModelError(
+            f"{where}: lambda as a factor on this LoRA adapter is not exact: {reason}. "
+            "Merge it into its base and blend the two directories"
+        )
+
+
+def check_adapts(adapter: TensorReader, base: TensorReader) -> None:
+    """Check that every tensor of a saved adapter is a LoRA matrix that fits a weight of `base`.
+
+    Raises:
+        ModelError: naming the tensor that does not.
+    """
+    for name in adapter.names:
+        module, role = _split(name)
+        if role is None:
+            raise ModelError(
+                f"{adapter.directory}: tensor {name!r} is no LoRA matrix, so lambda as a factor is "
+                "not exact. Merge the adapter into its base and blend the two directories"
+            )
+        weight = _base_weight(module, base)
+        if weight is None:
+            raise ModelError(
+                f"{adapter.directory}: adapts {module!r}, which {base.directory} does not have; "
+                "this adapter was trained on another base"
+            )
+        if role == "copy":
+            # peft keeps a copy of an adapted embedding; one that was resized is no copy any more.
+            if not same_bits(adapter.read(name), base.read(weight)):
+                raise ModelError(
+                    f"{adapter.directory}: tensor {name!r} is not the base's {weight!r}, so lambda "
+                    "as a factor is not exact. Merge the adapter into its base and blend the two"
+                )
+            continue
+        side = adapter.shape(name)[0 if role == "B" else -1]
+        if role != "bias" and side not in base.shape(weight):
+            raise ModelError(
+                f"{adapter.directory}: tensor {name!r} has shape {adapter.shape(name)}, the base's "
+                f"{weight!r} {base.shape(weight)}; this adapter was trained on another base"
+            )
+
+
+def scales(name: str) -> bool:
+    """Tell whether lambda multiplies this tensor of a saved adapter (B, and B's bias)."""
+    return _split(name)[1] in ("B", "bias")
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    for ending, role in _ROLES.items():
+        if name.endswith(ending):
+            return name.removesuffix(ending).removeprefix("base_model.model."), role
+    return name, None
+
+
+def _base_weight(module: str, base: TensorReader) -> str | None:
+    """Find the adapted weight; a checkpoint may leave out the name of the outermost module."""
+    known = set(base.names)
+    candidates = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
+    return next((name for name in candidates if name in known), None)

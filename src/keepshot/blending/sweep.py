@@ -1,0 +1,186 @@
+"""Many lambdas on one live model: weights changed in place, the base restored bit for bit.
+
+Knows nothing of what is measured: that is a callback. Memory: one copy of the base's changed
+tensors beside the model and the tuned tensors, however many lambdas there are.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from keepshot.blending.adapter import check_exact
+from keepshot.blending.blend import blend_, check_lambda, check_pair, same_bits
+from keepshot.errors import ModelError
+from keepshot.models.checkpoint import TensorReader
+from keepshot.models.loading import LanguageModel
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One tensor of the live model with the two ends between which it moves."""
+
+    live: Tensor
+    base: Tensor
+    tuned: Tensor
+
+
+def sweep(
+    model: LanguageModel,
+    tuned: Mapping[str, Tensor] | TensorReader,
+    lams: Sequence[float],
+    measure: Callable[[float], T],
+) -> list[tuple[float, T]]:
+    """Call `measure(lam)` with `model` at base + lam * (tuned - base), for each lambda in turn.
+
+    The model is the base before and after, bit for bit, also if `measure` raises or the user
+    interrupts. Tensors that are tied in the model are blended once.
+
+    Args:
+        model: the base; changed in place during the sweep.
+        tuned: state dict of the tuned model, or its checkpoint; tied tensors may be there under
+            any of their names.
+        lams: in the order in which they are to be measured.
+        measure: reads the model as it then is; its results are returned beside their lambdas.
+
+    Raises:
+        ConfigError: if a lambda is not a finite number.
+        ModelError: before anything is changed, if names, shapes or dtypes do not fit, or a tensor
+            holds NaN or infinity.
+    """
+    for lam in lams:
+        check_lambda(lam)
+    if isinstance(tuned, TensorReader):
+        tuned = {name: tuned.read(name) for name in tuned.names}
+    places = _places(model.module, tuned)
+    results: list[tuple[float, T]] = []
+    with torch.no_grad():
+        try:
+            for lam in lams:
+                for place in places:
+                    blend_(place.live, place.base, place.tuned, lam)
+                results.append((lam, measure(lam)))
+        finally:
+            _restore_(places)
+    return results
+
+
+def sweep_adapter(
+    model: LanguageModel, lams: Sequence[float], measure: Callable[[float], T]
+) -> list[tuple[float, T]]:
+    """Call `measure(lam)` with the model's LoRA adapter scaled by each lambda in turn.
+
+    Exact, without a copy of any weight; the adapter's scale is put back at the end.
+
+    Raises:
+        ConfigError: if a lambda is not a finite number.
+        ModelError: see `rescale_adapter`.
+    """
+    for lam in lams:
+        check_lambda(lam)
+    results: list[tuple[float, T]] = []
+    for lam in lams:
+        with rescale_adapter(model.module, lam):
+            results.append((lam, measure(lam)))
+    return results
+
+
+@contextmanager
+def rescale_adapter(module: nn.Module, lam: float) -> Generator[None]:
+    """Within the block, the module is base + lam * (adapted - base), through peft's own scaling.
+
+    Exact for LoRA and rsLoRA; the scales are put back at the end, also after an exception.
+
+    Raises:
+        ConfigError: if `lam` is not a finite number.
+        ModelError: if the module has no LoRA adapter, or one for which this is not exact.
+    """
+    check_lambda(lam)
+    if not _adapted_layers(module):
+        raise ModelError("the model carries no LoRA adapter, so there is nothing to scale")
+    with rescale_adapter_scale(module, lam):
+        yield
+
+
+def _adapted_layers(module: nn.Module) -> Sequence[LoraLayer]:
+    """Return the LoRA layers of a module whose lambda can be set exactly; empty if it has none.
+
+    Raises:
+        ModelError: if an adapter is of another kind, not exact, or merged into the weights.
+    """
+    configs: Mapping[str, Any] = getattr(module, "peft_config", {})
+    for name, config in configs.items():
+        check_exact(config.to_dict(), where=f"adapter {name!r}")
+    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+    if any(layer.merged for layer in layers):
+        raise ModelError(
+            "the adapter is merged into the weights, so its scale has no effect; unmerge it first"
+        )
+    return layers
+
+
+def _places(module: nn.Module, tuned: Mapping[str, Tensor]) -> list[_Place]:
+    """Pair every tensor of the module that tuning changed with its two ends."""
+    state: dict[str, Tensor] = module.state_dict()
+    unknown = sorted(tuned.keys() - state.keys())
+    if unknown:
+        raise ModelError(_mismatch(unknown, "the tuned model has", "the base has not"))
+    tied: dict[tuple[int, torch.Size, tuple[int, ...]], list[str]] = defaultdict(list)
+    for name, tensor in state.items():
+        tied[tensor.data_ptr(), tensor.shape, tensor.stride()].append(name)
+    pairs = {names[0]: [name for name in names if name in tuned] for names in tied.values()}
+    missing = [name for name, given in pairs.items() if not given]
+    if missing:
+        raise ModelError(_mismatch(missing, "the base has", "the tuned model has not"))
+    places: list[_Place] = []
+    for given in pairs.values():
+        first, *others = given
+        for other in others:
+            if not same_bits(tuned[first], tuned[other]):
+                raise ModelError(
+                    f"tensors {first!r} and {other!r} are tied in the base and differ in the "
+                    "tuned model; untie the base's first"
+                )
+        _check_fits(first, state[first], tuned[first])
+        if not same_bits(state[first], tuned[first]):
+            target = tuned[first].to(state[first].device)
+            places.append(_Place(state[first], state[first].clone(), target))
+    return places
+
+
+def _check_fits(name: str, live: Tensor, tuned: Tensor) -> None:
+    check_pair(name, live, tuned)
+    # Lambda 1 would not be the tuned model if its numbers had to be rounded.
+    if torch.promote_types(live.dtype, tuned.dtype) != live.dtype:
+        raise ModelError(
+            f"tensor {name!r}: the tuned model is {tuned.dtype}, wider than the base in memory "
+            f"({live.dtype}); load the base with --dtype {str(tuned.dtype).removeprefix('torch.')}"
+        )
+    shares = live.untyped_storage().data_ptr() == tuned.untyped_storage().data_ptr()
+    assert not shares or live.numel() == 0, f"{name}: the tuned tensors are the live model's own"
+
+
+def _restore_(places: Sequence[_Place]) -> None:
+    try:
+        for place in places:
+            place.live.copy_(place.base)
+    except KeyboardInterrupt:
+        # A second Ctrl-C must not leave half a blend behind; copying again is idempotent.
+        for place in places:
+            place.live.copy_(place.base)
+        raise
+
+
+def _mismatch(names: Sequence[str], having: str, lacking: str) -> str:
+    more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    return f"tensor {names[0]!r}{more}: {having} it, {lacking}; these two models cannot be blended"

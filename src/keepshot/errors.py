@@ -1,0 +1,60 @@
+"""What a user may see: errors that say what is wrong with which value, where, and what to do.
+
+Anything else that escapes is a fault of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend; printed in one to three lines, exit status 2."""
+
+    exit_status = 2
+
+
+class ConfigError(UserError):
+    """A recipe, study or option value that cannot be used."""
+
+
+class ModelError(UserError):
+    """A model, adapter or checkpoint that cannot be used."""
+
+
+class TaskError(UserError):
+    """A task or an examples file that cannot be used."""
+
+
+class AssetError(UserError):
+    """A pinned asset that cannot be had: no network, wrong content, or a licence not accepted."""
+
+
+class OutputError(UserError):
+    """A place that cannot be written to, or that already holds something."""
+
+
+class TrainingError(UserError):
+    """Training that cannot go on: the loss is not a number, or nothing would be trained."""
+
+
+class GateError(UserError):
+    """A gate that was asked for (such as `--require-retention`) did not hold; exit status 3."""
+
+    exit_status = 3
+
+
+def nearest(value: str, known: Iterable[str]) -> str | None:
+    """Return the known name that `value` most resembles, or None if nothing comes close."""
+    names = list(known)
+    lowered = {name.lower(): name for name in names}
+    matches = difflib.get_close_matches(value.lower(), list(lowered), n=1, cutoff=0.5)
+    return lowered[matches[0]] if matches else None
+
+
+def unknown(what: str, value: str, known: Iterable[str], listing: str) -> str:
+    """Word the message for a name that does not exist, with the nearest one that does."""
+    close = nearest(value, known)
+    hint = f"; nearest is {close!r}" if close else ""
+    return f"{what} {value!r} is unknown{hint}; {listing}"

@@ -1,0 +1,181 @@
+"""Walk the path between two models: write one lambda, or measure many, pick one and write it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from keepshot import records
+from keepshot.assets import AssetStore
+from keepshot.blending.pick import check_rule, parse_rule, pick
+from keepshot.blending.sweep import sweep
+from keepshot.blending.write import write
+from keepshot.errors import ConfigError
+from keepshot.jobs.measure import Ledger, model_record, plan_for, read_tasks
+from keepshot.jobs.specs import BlendSpec, Measuring
+from keepshot.jobs.target import load_target
+from keepshot.jobs.workspace import Workspace
+from keepshot.models.loading import LanguageModel, load
+from keepshot.models.reference import parse_reference
+from keepshot.progress import Progress
+from keepshot.records import ItemResult, ResultDocument, Split
+from keepshot.scoring.evaluate import Plan
+from keepshot.scoring.summary import path_points, scores, summarise
+from keepshot.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked at every point of a path: the target at zero shots, and other tasks."""
+
+    target: Task | None
+    others: tuple[Task, ...]
+    measuring: Measuring
+    first_seed: int
+
+    def plans(self, split: Split) -> list[Plan]:
+        """Return what the evaluator runs on one split."""
+        labels = self.target.labels if self.target else frozenset[str]()
+        others = plan_for(
+            self.measuring,
+            self.others,
+            split=split,
+            first_seed=self.first_seed,
+            tuned_labels=labels,
+        )
+        if self.target is None:
+            return [others]
+        return [plan_for(Measuring(shots=(0,), seeds=1), [self.target], split=split), others]
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Version of every task that is asked."""
+        asked = [*self.others, self.target] if self.target else self.others
+        return {task.name: task.version for task in asked}
+
+
+def blend(
+    spec: BlendSpec, store: AssetStore, workspace: Workspace, progress: Progress
+) -> ResultDocument:
+    """Write the blend at one lambda, or sweep the path on validation items and write the pick.
+
+    Raises:
+        UserError: before any model is loaded, wherever the fault can be seen by then.
+    """
+    for reference in (spec.base, spec.tuned):
+        parse_reference(reference)
+    if spec.sweep is None:
+        assert spec.lam is not None
+        workspace.begin()
+        base, tuned = _load_both(spec, store, progress)
+        _write(base, tuned, spec.lam, workspace, progress)
+        empty = ResultDocument(
+            models=[model_record(base), model_record(tuned)],
+            scores=[],
+            summary=[],
+            cost=records.Cost(),
+        )
+        return workspace.finish(empty, [])
+    check_rule(parse_rule(spec.pick), spec.sweep, spec.target is not None)
+    questions = _questions(spec, store, progress)
+    workspace.begin()
+    base, tuned = _load_both(spec, store, progress)
+    return _sweep_and_pick(spec, questions, (base, tuned), (workspace, progress))
+
+
+def _questions(spec: BlendSpec, store: AssetStore, progress: Progress) -> Questions:
+    progress.stage("reading tasks")
+    target = load_target(spec.target, store) if spec.target else None
+    measuring = Measuring(tasks=spec.tasks, shots=spec.shots, seeds=spec.seeds, limit=spec.limit)
+    others = read_tasks(measuring, store)
+    if target and target.name in {task.name for task in others}:
+        raise ConfigError(f"task {target.name!r} is the target; leave it out of --tasks")
+    for task in [*others, target] if target else others:
+        if not task.validation:
+            raise ConfigError(
+                f"task {task.name!r} has no validation items to pick lambda on; "
+                "give a file with more rows, or another task"
+            )
+    return Questions(target, others, measuring, spec.seed)
+
+
+def _sweep_and_pick(
+    spec: BlendSpec,
+    questions: Questions,
+    pair: tuple[LanguageModel, LanguageModel],
+    where: tuple[Workspace, Progress],
+) -> ResultDocument:
+    base, tuned = pair
+    workspace, progress = where
+    assert spec.sweep is not None
+    ledger = Ledger(workspace, progress)
+    lams = sorted({0.0, *spec.sweep})
+    target = questions.target.name if questions.target else None
+    state = tuned.module.state_dict()
+    rows = dict(
+        sweep(
+            base,
+            state,
+            lams,
+            lambda lam: ledger.measured(
+                f"path-{lam:g}", base, questions.plans("validation"), arm="path", lam=lam
+            ),
+        )
+    )
+    path = path_points(rows, rows[0.0], target=target, split="validation")
+    picked = pick(path, parse_rule(spec.pick))
+    items: list[ItemResult] = []
+    ends = {spec.base: 0.0, spec.tuned: 1.0}
+    arms = ends if picked.lam is None else {**ends, "blended": picked.lam}
+    for arm, lam in arms.items():
+        found = sweep(
+            base,
+            state,
+            [lam],
+            lambda lam, arm=arm: ledger.measured(
+                f"test-{lam:g}", base, questions.plans("test"), arm=arm, lam=lam
+            ),
+        )
+        items += found[0][1]
+    if picked.lam is not None:
+        _write(base, tuned, picked.lam, workspace, progress)
+    document = ResultDocument(
+        models=[model_record(base), model_record(tuned)],
+        scores=scores(items, questions.versions),
+        summary=summarise(items, target=target),
+        cost=ledger.cost,
+        path=path,
+        pick=picked,
+    )
+    return workspace.finish(document, items)
+
+
+def _load_both(
+    spec: BlendSpec, store: AssetStore, progress: Progress
+) -> tuple[LanguageModel, LanguageModel]:
+    loaded: list[LanguageModel] = []
+    for reference in (spec.base, spec.tuned):
+        progress.stage(f"loading {reference}")
+        loaded.append(
+            load(
+                reference,
+                store,
+                device=spec.device,
+                dtype=spec.dtype,
+                trust_remote_code=spec.trust_remote_code,
+            )
+        )
+    return loaded[0], loaded[1]
+
+
+def _write(
+    base: LanguageModel,
+    tuned: LanguageModel,
+    lam: float,
+    workspace: Workspace,
+    progress: Progress,
+) -> None:
+    out_dir = workspace.path / "model"
+    if (out_dir / "blend.json").exists():
+        return
+    progress.stage(f"writing lambda {lam:g}")
+    write(base.path, tuned.path, lam, out_dir)

@@ -1,0 +1,213 @@
+"""Measure few-shot ability of one or more models on the same questions and demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from keepshot import records
+from keepshot.assets import AssetStore
+from keepshot.errors import ConfigError, unknown
+from keepshot.jobs.specs import MeasureSpec, Measuring
+from keepshot.jobs.workspace import Workspace
+from keepshot.models.loading import LanguageModel, load
+from keepshot.models.reference import parse_reference
+from keepshot.progress import Progress
+from keepshot.prompts import TEMPLATES
+from keepshot.records import Cost, ItemResult, ModelRecord, ResultDocument, Split
+from keepshot.scoring.engine import Engine
+from keepshot.scoring.evaluate import Plan, ask, measure
+from keepshot.scoring.request import tokens_to_read
+from keepshot.scoring.summary import scores, summarise
+from keepshot.tasks.catalog import resolve_tasks
+from keepshot.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a job of measuring found."""
+
+    document: ResultDocument
+    items: list[ItemResult]
+
+
+def measure_models(
+    spec: MeasureSpec, store: AssetStore, workspace: Workspace | None, progress: Progress
+) -> Measured:
+    """Measure every model of `spec` on the same questions, paired.
+
+    Args:
+        spec: what to measure.
+        store: where assets are cached.
+        workspace: where to keep finished models' rows and the result; None keeps nothing.
+        progress: told of stages.
+
+    Raises:
+        UserError: before any model is loaded, wherever the fault can be seen by then.
+    """
+    for index, reference in enumerate(spec.models):
+        parse_reference(reference)
+        if reference in spec.models[:index]:
+            raise ConfigError(f"model {reference!r} is named twice; name each model once")
+    progress.stage("reading tasks")
+    tasks = read_tasks(spec, store)
+    plan = plan_for(spec, tasks, first_seed=spec.seed)
+    items: list[ItemResult] = []
+    models: list[ModelRecord] = []
+    if workspace:
+        workspace.begin()
+    ledger = Ledger(workspace, progress)
+    for number, reference in enumerate(spec.models):
+        progress.stage(f"{reference}: loading")
+        model = load(
+            reference,
+            store,
+            device=spec.device,
+            dtype=spec.dtype,
+            trust_remote_code=spec.trust_remote_code,
+        )
+        models.append(model_record(model))
+        items += ledger.measured(str(number), model, [plan], arm=reference)
+    document = ResultDocument(
+        models=models,
+        scores=scores(items, {task.name: task.version for task in tasks}),
+        summary=summarise(items),
+        cost=ledger.cost,
+    )
+    if workspace:
+        workspace.finish(document, items)
+    return Measured(document, items)
+
+
+def read_tasks(measuring: Measuring, store: AssetStore) -> tuple[Task, ...]:
+    """Return the tasks of `measuring`, in another template if it names one.
+
+    Raises:
+        ConfigError: if there is no such template.
+        TaskError: if a task does not exist, or has fewer demonstrations than shots.
+    """
+    tasks = resolve_tasks(measuring.tasks, store, shots=max(measuring.shots))
+    check_shots(tasks, measuring.shots)
+    if measuring.template is None:
+        return tuple(tasks)
+    if measuring.template not in TEMPLATES:
+        listing = f"templates are {', '.join(TEMPLATES)}"
+        raise ConfigError(unknown("template", measuring.template, TEMPLATES, listing))
+    return tuple(replace(task, template=TEMPLATES[measuring.template]) for task in tasks)
+
+
+def plan_for(
+    measuring: Measuring,
+    tasks: Sequence[Task],
+    *,
+    split: Split = "test",
+    first_seed: int = 0,
+    tuned_labels: frozenset[str] = frozenset(),
+) -> Plan:
+    """Return what the evaluator runs for `measuring` on live tasks."""
+    return Plan(
+        tasks=tuple(tasks),
+        shots=tuple(sorted(set(measuring.shots))),
+        seeds=tuple(range(first_seed, first_seed + measuring.seeds)),
+        split=split,
+        limit=measuring.limit,
+        tuned_labels=tuned_labels,
+    )
+
+
+def plan_cost(spec: MeasureSpec, store: AssetStore, progress: Progress) -> list[dict[str, object]]:
+    """Return, for each model, the tokens that measuring would read, against reading each prompt.
+
+    Raises:
+        UserError: as `measure_models` does.
+    """
+    rows: list[dict[str, object]] = []
+    tasks = read_tasks(spec, store)
+    for reference in spec.models:
+        progress.stage(f"{reference}: planning")
+        model = load(reference, store, trust_remote_code=spec.trust_remote_code)
+        asked = list(ask(model, plan_for(spec, tasks, first_seed=spec.seed)))
+        requests = [request for question in asked for request in question.requests]
+        found = Engine(model).plan(requests)
+        naive = sum(len(tokens_to_read(request)) for request in requests)
+        rows.append(
+            {
+                "model": reference,
+                "tasks": len(tasks),
+                "questions": len(asked),
+                "requests": len(requests),
+                "tokens_prefilled": found.tokens_prefilled,
+                "tokens_naive": naive,
+                "times_fewer": round(naive / max(1, found.tokens_prefilled), 1),
+            }
+        )
+    return rows
+
+
+def check_shots(tasks: Sequence[Task], shots: Sequence[int]) -> None:
+    """Draw demonstrations once, so that a task with too few of them is refused early."""
+    for number in shots:
+        if number < 0:
+            raise ConfigError(f"--shots {number}: the number of demonstrations cannot be negative")
+        for task in tasks:
+            task.draw(number, seed=0)
+
+
+class Ledger:
+    """Measures arms, keeps their rows in the workspace, and adds up what it cost."""
+
+    def __init__(self, workspace: Workspace | None, progress: Progress) -> None:
+        self.cost = Cost()
+        self._workspace, self._progress = workspace, progress
+
+    def measured(
+        self,
+        part: str,
+        model: LanguageModel | Callable[[], LanguageModel],
+        plans: Sequence[Plan],
+        *,
+        arm: str,
+        lam: float | None = None,
+    ) -> list[ItemResult]:
+        """Return the rows of `model` on `plans`, from the workspace if they are there already.
+
+        Args:
+            part: name of the workspace part that holds the rows.
+            model: a live model, or what makes it live when its rows are not there yet.
+            plans: what is asked.
+            arm: name of the arm in the rows.
+            lam: lambda in the rows.
+        """
+        path = self._workspace.part(f"{part}.parquet") if self._workspace else None
+        if path and path.exists():
+            return [replace(row, arm=arm) for row in records.read_items(path)]
+        live = model if isinstance(model, LanguageModel) else model()
+        rows: list[ItemResult] = []
+        for plan in plans:
+            title = f"{arm}: measuring" if lam is None else f"{arm}: measuring at lambda {lam:g}"
+            self._progress.stage(title)
+            found = measure(live, plan, arm=arm, lam=lam, progress=self._progress.update)
+            rows += found.items
+            self.cost = add_costs(self.cost, found.cost)
+        if path:
+            records.write_items(rows, path)
+        return rows
+
+
+def model_record(model: LanguageModel) -> ModelRecord:
+    """Return what identifies `model` in a result."""
+    return ModelRecord(
+        reference=model.reference,
+        sha256=model.sha256,
+        num_parameters=model.num_parameters,
+        dtype=model.dtype,
+    )
+
+
+def add_costs(first: Cost, second: Cost) -> Cost:
+    """Return the sum of two costs."""
+    return Cost(
+        seconds=first.seconds + second.seconds,
+        tokens_prefilled=first.tokens_prefilled + second.tokens_prefilled,
+        tokens_naive=first.tokens_naive + second.tokens_naive,
+    )

@@ -1,0 +1,96 @@
+"""From a recipe file and command-line options to a frozen spec. Loads no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from keepshot.errors import ConfigError
+from keepshot.jobs.specs import BlendSpec, MeasureSpec, RunSpec, TuneSpec
+from keepshot.specs import apply_overrides, read_yaml
+from keepshot.tuning.recipe import KL, Full, LoRA, Mix, Recipe, ValueOnly, auto
+
+
+def shipped_recipe(name: str) -> Path:
+    """Return the path of a recipe that the package brings along."""
+    return Path(str(files("keepshot") / "recipes" / f"{name}.yaml"))
+
+
+def run_spec(recipe: Path | None, given: Mapping[str, Any], overrides: Sequence[str]) -> RunSpec:
+    """Return the spec of `keepshot run`: the file (the demo if None), then options, then `--set`.
+
+    Raises:
+        ConfigError: if the file or an override does not fit.
+    """
+    path = recipe or shipped_recipe("demo")
+    content = {**read_yaml(path), **given}
+    if recipe is None and not given.keys().isdisjoint({"model", "data"}):
+        content["name"] = "run"
+    return RunSpec.from_mapping(apply_overrides(content, overrides), source=path.name)
+
+
+def measure_spec(given: Mapping[str, Any], overrides: Sequence[str]) -> MeasureSpec:
+    """Return the spec of `keepshot measure`.
+
+    Raises:
+        ConfigError: if an option or override does not fit.
+    """
+    return MeasureSpec.from_mapping(apply_overrides(dict(given), overrides), source="measure")
+
+
+def blend_spec(given: Mapping[str, Any], overrides: Sequence[str]) -> BlendSpec:
+    """Return the spec of `keepshot blend`.
+
+    Raises:
+        ConfigError: if an option or override does not fit.
+    """
+    return BlendSpec.from_mapping(apply_overrides(dict(given), overrides), source="blend")
+
+
+def tune_spec(
+    recipe: Path | None,
+    given: Mapping[str, Any],
+    where: Mapping[str, Any],
+    overrides: Sequence[str],
+) -> TuneSpec:
+    """Return the spec of `keepshot tune`: a recipe file, or the default for `--model --data`.
+
+    Args:
+        recipe: YAML file, or None.
+        given: model, data, method, keep and seed as given on the command line.
+        where: device, dtype and trust_remote_code as given.
+        overrides: `key=value` on the recipe's keys.
+
+    Raises:
+        ConfigError: if neither a recipe nor data is given, or something does not fit.
+    """
+    options = dict(given)
+    method, keep = options.pop("method", None), options.pop("keep", None)
+    if recipe is None and "data" not in options:
+        raise ConfigError("nothing to tune on: give a recipe, or --data FILE with --model MODEL")
+    content = read_yaml(recipe) if recipe else {}
+    if recipe is None or method or keep:
+        chosen = auto(
+            options.get("data", content.get("data", "")),
+            model=options.get("model", content.get("model", "smollm2-135m-instruct")),
+            keep=keep or "auto",
+            method=method,
+        ).model_dump(mode="json")
+        wanted = {"method": method or recipe is None, "keep": keep or recipe is None}
+        content |= {key: chosen[key] for key, used in wanted.items() if used}
+    content |= options
+    source = recipe.name if recipe else "tune"
+    tuned = Recipe.from_mapping(apply_overrides(content, overrides), source=source)
+    return TuneSpec.from_mapping({"recipe": tuned, **where}, source=source)
+
+
+def describe() -> list[dict[str, str]]:
+    """Return name, kind and one sentence for every tuning method and keep term."""
+    found = [("method", Full()), ("method", LoRA()), ("method", ValueOnly())]
+    terms = [("keep term", KL()), ("keep term", Mix())]
+    return [
+        {"name": spec.name, "kind": kind, "description": (spec.__doc__ or "").partition("\n")[0]}
+        for kind, spec in [*found, *terms]
+    ]

@@ -1,0 +1,237 @@
+"""The main job: tune one model several ways and show what each way keeps.
+
+    before -> plain, gentle, kept (tuned) -> blended (lambda picked on plain's path)
+
+Each arm is measured on the target without demonstrations and on other tasks with and without.
+Lambda is chosen on validation items; every figure of the summary comes from test items.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from keepshot import records
+from keepshot.assets import AssetStore
+from keepshot.blending.pick import check_rule, parse_rule, pick
+from keepshot.blending.sweep import sweep
+from keepshot.blending.write import write
+from keepshot.errors import ConfigError
+from keepshot.jobs.blend import Questions
+from keepshot.jobs.measure import Ledger, Measured, model_record, read_tasks
+from keepshot.jobs.specs import ARMS, BlendArm, Measuring, RunSpec, TunedArm
+from keepshot.jobs.target import load_target
+from keepshot.jobs.tune import anchor_tasks, general_rows
+from keepshot.jobs.workspace import Workspace
+from keepshot.models.identity import directory_sha256
+from keepshot.models.loading import LanguageModel, load
+from keepshot.models.reference import parse_reference
+from keepshot.progress import Progress
+from keepshot.records import (
+    ItemResult,
+    ModelRecord,
+    PathPoint,
+    PickRecord,
+    ResultDocument,
+    TrainingRecord,
+)
+from keepshot.scoring.summary import path_points, scores, summarise
+from keepshot.tasks.catalog import SUITES
+from keepshot.tuning.train import Extra, train
+
+
+def run(spec: RunSpec, store: AssetStore, workspace: Workspace, progress: Progress) -> Measured:
+    """Tune, blend and measure every arm of `spec`, and write the run directory.
+
+    Args:
+        spec: the recipe.
+        store: where assets are cached.
+        workspace: the run directory; finished arms found in it are not repeated.
+        progress: told of stages.
+
+    Raises:
+        UserError: before any model is loaded, wherever the fault can be seen by then.
+    """
+    job = _Run(spec, store, workspace, progress)
+    workspace.begin()
+    job.measure_before()
+    for arm in ARMS:
+        if arm in spec.arms:
+            job.tune(arm)
+    if spec.blended:
+        job.blend(spec.blended)
+    return job.finish()
+
+
+class _Run:
+    """The state of one run: what is asked, and what has been found so far."""
+
+    def __init__(
+        self, spec: RunSpec, store: AssetStore, workspace: Workspace, progress: Progress
+    ) -> None:
+        self.spec, self.store, self.workspace, self.progress = spec, store, workspace, progress
+        parse_reference(spec.model)
+        if spec.blended:
+            check_rule(parse_rule(spec.blended.pick), (0.0, *spec.blended.lambdas), True)
+        progress.stage("reading tasks")
+        self.target = load_target(spec.data, store)
+        self.tasks = read_tasks(spec.measure, store)
+        self._check_separation()
+        self.items: list[ItemResult] = []
+        self.models: list[ModelRecord] = []
+        self.training: list[TrainingRecord] = []
+        self.path: list[PathPoint] = []
+        self.picked: PickRecord | None = None
+        self.ledger = Ledger(workspace, progress)
+
+    def _check_separation(self) -> None:
+        for task in self.tasks:
+            if task.name in SUITES["anchors"]:
+                raise ConfigError(
+                    f"task {task.name!r} is an anchor, from which `kept` draws its prompts, so it "
+                    "cannot show what is kept; leave it out of `measure.tasks`"
+                )
+            if task.name == self.target.name:
+                raise ConfigError(
+                    f"task {task.name!r} is the target; few-shot ability is measured on others: "
+                    "leave it out of `measure.tasks`"
+                )
+
+    # -- arms ------------------------------------------------------------------------------
+
+    def measure_before(self) -> None:
+        """Measure the model as it is, on test items."""
+        self._measure("before", lambda: self._load(self.spec.model))
+
+    def tune(self, arm: TunedArm) -> None:
+        """Train one arm from the untouched model, write it, and measure it on test items."""
+        recipe = self.spec.arms[arm]
+        record_path = self.workspace.part(f"{arm}.json")
+        trained_dir = self.workspace.part(arm)
+
+        def trained() -> LanguageModel:
+            if record_path.exists():
+                return self._load(str(trained_dir))
+            model = self._load(self.spec.model)
+            self.progress.stage(f"{arm}: tuning")
+            record = train(
+                recipe,
+                model,
+                self.target.train,
+                trained_dir,
+                anchors=anchor_tasks(recipe, self.store),
+                progress=self.progress,
+                extra=Extra(template=self.target.template, general=general_rows(recipe)),
+            )
+            records.write_text(record.training_record(arm).model_dump_json(), record_path)
+            return replace(model, path=trained_dir)
+
+        self._measure(arm, trained)
+        self.training.append(TrainingRecord.model_validate_json(record_path.read_text("utf-8")))
+
+    def blend(self, arm: BlendArm) -> None:
+        """Measure plain's path on validation items, pick lambda, write and measure the blend."""
+        base = self._load(self.spec.model)
+        plain = self._load(str(self.workspace.part("plain")))
+        measuring = Measuring(
+            tasks=self.spec.measure.tasks,
+            shots=(max(self.spec.measure.shots),),
+            seeds=arm.seeds,
+            limit=arm.limit,
+        )
+        plans = self._questions(measuring).plans("validation")
+        rows = dict(
+            sweep(
+                base,
+                plain.module.state_dict(),
+                sorted({0.0, *arm.lambdas}),
+                lambda lam: self.ledger.measured(f"path-{lam:g}", base, plans, arm="path", lam=lam),
+            )
+        )
+        self.path = path_points(rows, rows[0.0], target=self.target.name, split="validation")
+        self.picked = pick(self.path, parse_rule(arm.pick))
+        lam = self.picked.lam
+        if lam is None:
+            self.progress.note(f"blended: {self.picked.reason}")
+            return
+        blended_dir = self.workspace.path / "model"
+        if not (blended_dir / "blend.json").exists():
+            self.progress.stage(f"blended: writing lambda {lam:g}")
+            write(base.path, plain.path, lam, blended_dir)
+        self._measure("blended", lambda: self._load(str(blended_dir)), lam=lam)
+
+    # -- parts -----------------------------------------------------------------------------
+
+    def _load(self, reference: str) -> LanguageModel:
+        gc.collect()
+        self.progress.stage(f"loading {reference}")
+        return load(
+            reference,
+            self.store,
+            device=self.spec.device,
+            dtype=self.spec.dtype,
+            trust_remote_code=self.spec.trust_remote_code,
+        )
+
+    def _questions(self, measuring: Measuring) -> Questions:
+        return Questions(self.target, self.tasks, measuring, self.spec.seed)
+
+    def _measure(
+        self, arm: str, live: Callable[[], LanguageModel], lam: float | None = None
+    ) -> None:
+        """Measure an arm on test items, unless its rows are there from an earlier start."""
+        model_path = self.workspace.part(f"{arm}-model.json")
+
+        def recorded() -> LanguageModel:
+            model = live()
+            if arm != "before":
+                model = self._labelled(model, arm)
+            records.write_text(model_record(model).model_dump_json(), model_path)
+            return model
+
+        plans = self._questions(self.spec.measure).plans("test")
+        self.items += self.ledger.measured(arm, recorded, plans, arm=arm, lam=lam)
+        self.models.append(ModelRecord.model_validate_json(model_path.read_text("utf-8")))
+        self._say(arm)
+
+    def _labelled(self, model: LanguageModel, arm: str) -> LanguageModel:
+        """Name a model that this run made, and identify it by the weights that were written."""
+        inner = [model.path / kind for kind in ("adapter", "model")]
+        written = next((path for path in inner if path.exists()), model.path)
+        return replace(
+            model,
+            reference=f"{self.spec.model}, {arm}",
+            sha256=directory_sha256(written, self.store),
+        )
+
+    def _say(self, arm: str) -> None:
+        rows = summarise(self.items, target=self.target.name)
+        row = [row for row in rows if row.arm == arm][-1]
+        kept = "" if row.retention is None else f", retention {row.retention:.2f}"
+        self.progress.note(
+            f"{arm}: target {row.target or 0:.2f} at 0 shots, "
+            f"other tasks {row.icl:.2f} at {row.shots} shots{kept}"
+        )
+
+    def finish(self) -> Measured:
+        """Write the run directory: kept's adapter, the blend, and the records."""
+        _move_adapter(self.workspace)
+        versions: dict[str, int] = {t.name: t.version for t in [self.target, *self.tasks]}
+        document = ResultDocument(
+            models=self.models,
+            scores=scores(self.items, versions),
+            summary=summarise(self.items, target=self.target.name),
+            cost=self.ledger.cost,
+            path=self.path,
+            pick=self.picked,
+            training=self.training,
+        )
+        return Measured(self.workspace.finish(document, self.items), self.items)
+
+
+def _move_adapter(workspace: Workspace) -> None:
+    trained: Path = workspace.part("kept") / "adapter"
+    if trained.exists():
+        trained.replace(workspace.path / "adapter")

@@ -1,0 +1,170 @@
+"""What each command is asked for, as frozen specs. No torch, so that mistakes show at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from decimal import Decimal, InvalidOperation
+from typing import Any, Literal, Self, get_args
+
+from pydantic import Field, model_validator
+
+from keepshot.errors import ConfigError
+from keepshot.specs import Spec
+from keepshot.tuning.recipe import Recipe
+
+TunedArm = Literal["plain", "gentle", "kept"]
+ARMS: tuple[TunedArm, ...] = get_args(TunedArm)
+MAX_LAMBDAS = 1001
+
+
+class Where(Spec):
+    """Where a job runs, and what it may run."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of training, and first draw of demonstrations."""
+    device: str = "cpu"
+    """Torch device."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Torch dtype of the weights."""
+    trust_remote_code: bool = False
+    """Run code that a checkpoint brings along."""
+
+
+class Measuring(Spec):
+    """Which tasks are asked, with how many demonstrations, how often."""
+
+    tasks: tuple[str, ...] = Field(default=("core",), min_length=1)
+    """Suites, task names or paths of examples files."""
+    shots: tuple[int, ...] = Field(default=(0, 4), min_length=1)
+    """Numbers of demonstrations."""
+    seeds: int = Field(default=3, ge=1)
+    """Draws of demonstrations per task and number of shots."""
+    limit: int | None = Field(default=None, ge=1)
+    """Items per task at most; all if not given."""
+    template: str | None = None
+    """Prompt template in place of each task's own."""
+
+
+class MeasureSpec(Measuring, Where):
+    """`keepshot measure`: the models, and what they are asked."""
+
+    models: tuple[str, ...] = Field(min_length=1)
+    """Model references; retention is against the first."""
+
+
+class TuneSpec(Where):
+    """`keepshot tune`: a recipe, and where it runs."""
+
+    recipe: Recipe
+    """What is tuned, on what, and how; its own seed counts."""
+
+
+class BlendSpec(Where):
+    """`keepshot blend`: two models, and one lambda or a path."""
+
+    base: str
+    """The model before tuning."""
+    tuned: str
+    """The tuned model, or an adapter."""
+    lam: float | None = None
+    """The lambda to write; left out, the one that `pick` chooses on the path."""
+    sweep: tuple[float, ...] | None = None
+    """Lambdas to measure."""
+    target: str | None = None
+    """Examples file or task that the tuning was for."""
+    pick: str = "keep-target:0.9"
+    """The rule that picks lambda."""
+    tasks: tuple[str, ...] = ("core",)
+    """Suites, task names or paths of examples files that stand for few-shot ability."""
+    shots: tuple[int, ...] = (4,)
+    """Numbers of demonstrations."""
+    seeds: int = Field(default=2, ge=1)
+    """Draws of demonstrations."""
+    limit: int | None = Field(default=None, ge=1)
+    """Items per task and split at most."""
+
+    @model_validator(mode="after")
+    def _check_lambda(self) -> Self:
+        if (self.lam is None) == (self.sweep is None):
+            raise ValueError(
+                "give either --lambda, to write one point, or --sweep, to measure many"
+            )
+        return self
+
+
+class BlendArm(Spec):
+    """How the blended arm of a run is made from the plain one."""
+
+    lambdas: tuple[float, ...] = Field(
+        default=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0), min_length=1
+    )
+    """Points of the path that are measured on validation items; 0 is the model before tuning."""
+    pick: str = "keep-target:0.9"
+    """The rule that picks lambda."""
+    limit: int = Field(default=30, ge=1)
+    """Validation items per task."""
+    seeds: int = Field(default=1, ge=1)
+    """Draws of demonstrations on validation items."""
+
+
+class RunSpec(Where):
+    """`keepshot run`: one model, one target, several arms."""
+
+    name: str = Field(default="run", pattern=r"^[\w.-]+$")
+    """Name of the run, and of its directory where none is given."""
+    model: str
+    """Model reference."""
+    data: str
+    """Name of the target task, or path of an examples file."""
+    arms: Mapping[TunedArm, Recipe] = Field(min_length=1)
+    """How each tuned arm is trained; `model`, `data` and `seed` are filled in from above."""
+    blended: BlendArm | None = BlendArm()
+    """The blend of `plain`; null leaves it out."""
+    measure: Measuring = Measuring(seeds=2)
+    """What every arm is asked besides the target."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_arms(cls, content: Any) -> Any:
+        if isinstance(content, dict) and isinstance(content.get("arms"), dict):
+            shared = {key: content[key] for key in ("model", "data", "seed") if key in content}
+            arms = {
+                arm: {**recipe, **shared} if isinstance(recipe, dict) else recipe
+                for arm, recipe in content["arms"].items()
+            }
+            return {**content, "arms": arms}
+        return content
+
+    @model_validator(mode="after")
+    def _check_blend(self) -> Self:
+        if self.blended and "plain" not in self.arms:
+            raise ValueError("`blended` needs the arm `plain`; add it, or set `blended: null`")
+        return self
+
+
+def parse_lambdas(text: str) -> tuple[float, ...]:
+    """Read `start:stop:step` (both ends included) or a list such as `0,0.3,1`, in rising order.
+
+    Counted in decimals, so that `0:1:0.1` holds exactly 0.3 and 1.
+
+    Raises:
+        ConfigError: if the text is neither, or asks for more than `MAX_LAMBDAS` lambdas.
+    """
+    expected = "expected start:stop:step such as 0:1:0.1, or a list such as 0,0.3,1"
+    separator = ":" if ":" in text else ","
+    try:
+        numbers = [Decimal(part) for part in text.split(separator)]
+    except InvalidOperation:
+        raise ConfigError(f"--sweep {text!r}: not numbers; {expected}") from None
+    if not all(number.is_finite() for number in numbers):
+        raise ConfigError(f"--sweep {text!r}: {expected}")
+    if separator == ",":
+        return tuple(sorted({float(number) for number in numbers}))
+    if len(numbers) != 3 or numbers[2] <= 0 or numbers[1] < numbers[0]:
+        raise ConfigError(f"--sweep {text!r}: {expected}")
+    start, stop, step = numbers
+    count = int((stop - start) / step) + 1
+    if count > MAX_LAMBDAS:
+        raise ConfigError(f"--sweep {text!r}: {count} lambdas, at most {MAX_LAMBDAS}; widen it")
+    steps = {start + step * index for index in range(count)}
+    return tuple(float(number) for number in sorted({*steps, stop}))

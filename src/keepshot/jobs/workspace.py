@@ -1,0 +1,126 @@
+"""A run directory from claim to finish: resumable while unfinished, complete once it has its name.
+
+Work goes on in `.NAME.unfinished` beside the final place. It carries the fingerprint of what was
+asked, so that an interrupted job picks up its finished parts, and a different one never does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import yaml
+
+from keepshot import __version__, records
+from keepshot.errors import OutputError
+from keepshot.records import ItemResult, ResultDocument
+from keepshot.report import write_report
+from keepshot.specs import Spec
+
+RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scipy")
+
+
+def free_name(parent: Path, name: str) -> Path:
+    """Return `parent/name`, or `parent/name-2` and so on where a finished run has that name."""
+    candidate = parent / name
+    number = 1
+    while (candidate / "results.json").exists():
+        number += 1
+        candidate = parent / f"{name}-{number}"
+    return candidate
+
+
+class Workspace:
+    """The unfinished directory of one job."""
+
+    def __init__(self, out_dir: Path, spec: Spec, *, overwrite: bool = False) -> None:
+        """Claim `out_dir`, resuming unfinished work of the same spec.
+
+        Raises:
+            OutputError: if `out_dir` holds something, cannot be written, or unfinished work of
+                another spec lies beside it, unless `overwrite`.
+        """
+        self.out_dir = out_dir.absolute()
+        records.claim(self.out_dir, overwrite=overwrite)
+        self.path = self.out_dir.parent / f".{self.out_dir.name}.unfinished"
+        self._spec = spec
+        self._mark = self.path / "fingerprint"
+        self._wanted = f"{type(spec).__name__} {spec.fingerprint()} keepshot {__version__}"
+        if self._mark.exists() and not overwrite and not self._is_ours():
+            raise OutputError(
+                f"{out_dir}: unfinished work of other settings lies in {self.path}; "
+                "add --overwrite to discard it, or name another with --out"
+            )
+
+    def begin(self) -> None:
+        """Make the unfinished directory, once nothing is left to check; keep finished parts."""
+        if self.path.exists() and not self._is_ours():
+            shutil.rmtree(self.path)
+        text = yaml.safe_dump(
+            self._spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True
+        )
+        records.write_text(text, self.path / "spec.yaml")
+        records.write_text(self._wanted, self._mark)
+
+    def _is_ours(self) -> bool:
+        return self._mark.exists() and self._mark.read_text("utf-8") == self._wanted
+
+    def part(self, *names: str) -> Path:
+        """Return a path for an intermediate result, which is deleted when the job finishes."""
+        path = self.path.joinpath("parts", *names)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def finish(self, document: ResultDocument, items: Sequence[ItemResult]) -> ResultDocument:
+        """Write records and report, drop the parts and give the directory its name."""
+        records.write_items(items, self.path / "items.parquet")
+        records.write_text(
+            json.dumps(environment(), indent=1, ensure_ascii=False),
+            self.path / "environment.json",
+        )
+        records.write_text(document.to_json(), self.path / "results.json")
+        write_report(self.path)
+        shutil.rmtree(self.path / "parts", ignore_errors=True)
+        self._mark.unlink(missing_ok=True)
+        if self.out_dir.exists():
+            shutil.rmtree(self.out_dir)
+        os.replace(self.path, self.out_dir)
+        return document
+
+
+def environment() -> dict[str, object]:
+    """Return versions, processor count and git commit of this run."""
+    return {
+        "keepshot": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processors": os.cpu_count(),
+        "packages": {name: _version(name) for name in RECORDED_PACKAGES},
+        "git_commit": _git_commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the checkout that this package runs from, if it is one."""
+    source = Path(__file__).parent
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(source), "rev-parse", "HEAD"],
+            capture_output=True, text=True, timeout=5, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

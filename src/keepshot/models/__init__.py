@@ -1,0 +1,1 @@
+"""A reference becomes a live model, or a stream of tensors."""

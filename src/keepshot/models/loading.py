@@ -1,0 +1,353 @@
+"""A reference becomes a live causal language model with its tokenizer.
+
+`load` checks the files before it reads weights, so that what is broken is named. Knows nothing of
+tasks or training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, assert_never
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from keepshot.assets import AssetStore
+from keepshot.errors import ModelError, unknown
+from keepshot.models.adapter import check_base, merge_adapter
+from keepshot.models.checkpoint import TensorReader
+from keepshot.models.conversion import (
+    convert,
+    converted_tokenizer,
+    fetch_model,
+    quiet_transformers,
+)
+from keepshot.models.identity import directory_sha256, joint_sha256
+from keepshot.models.reference import (
+    AdapterDirectory,
+    Embedded,
+    GGUFFile,
+    HubModel,
+    LocalDirectory,
+    ModelReference,
+    RunDirectory,
+    is_converted,
+    parse_reference,
+    refuse_pickles,
+)
+from keepshot.records import building_directory
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+CONTEXT_LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model in evaluation mode, with all that measuring and tuning need.
+
+    `sha256` is of the files that were loaded; `path` is the directory they lie in (for an
+    adapter, its own directory; the module is the base with the adapter merged in).
+    """
+
+    reference: str
+    module: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sha256: str
+    path: Path
+    num_parameters: int
+    dtype: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.module.parameters()).device
+
+    @cached_property
+    def context_length(self) -> int:
+        """The number of tokens that the model can read, prompt and answer together."""
+        for name in CONTEXT_LENGTH_NAMES:
+            length = getattr(self.module.config, name, None)
+            if isinstance(length, int) and length > 0:
+                return length
+        raise ModelError(
+            f"model {self.reference!r}: config.json does not give a context length "
+            f"({', '.join(CONTEXT_LENGTH_NAMES)})"
+        )
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """Every token that ends a text, by tokenizer, configuration or generation settings."""
+        generation: Any = self.module.generation_config
+        found: list[Any] = [self.tokenizer.eos_token_id, self.module.config.eos_token_id]
+        found.append(generation.eos_token_id if generation else None)
+        flat = [n for ids in found for n in (ids if isinstance(ids, list) else [ids])]
+        return frozenset(int(number) for number in flat if number is not None)
+
+    @cached_property
+    def bos_ids(self) -> tuple[int, ...]:
+        """What the tokenizer puts before every text: one token, or nothing."""
+        with_special = self._tokenize("a", special=True)
+        plain = self._tokenize("a", special=False)
+        starts = range(len(with_special) - len(plain) + 1)
+        first = next(n for n in starts if with_special[n : n + len(plain)] == plain)
+        return tuple(with_special[:first])
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text`, with BOS exactly where this tokenizer adds one.
+
+        A text that already begins with BOS (a rendered chat template) gets no second one, and EOS
+        is never appended.
+        """
+        ids = self._tokenize(text, special=False)
+        bos = list(self.bos_ids)
+        return ids if ids[: len(bos)] == bos else bos + ids
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokenise context and continuation together and split them where the context ends.
+
+        Trailing spaces of the context go to the continuation, because tokens of words hold the
+        space before them. The rule is that of lm-evaluation-harness 0.4 (`_encode_pair`).
+        """
+        stripped = context.rstrip()
+        moved = context[len(stripped) :]
+        context_ids = self.encode(stripped)
+        whole = self.encode(stripped + moved + continuation)
+        return context_ids, whole[len(context_ids) :]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, leaving out special tokens such as BOS and EOS."""
+        decoded = self.tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(decoded, str)
+        return decoded
+
+    def ends_answer(self, token_id: int) -> bool:
+        r"""Say whether an answer ends at this token: it is EOS, or its text begins with a newline.
+
+        Judged on text, because one tokenizer has a token for "\n\n" where another needs two.
+        """
+        return token_id in self.eos_ids or self.decode([token_id]).startswith("\n")
+
+    def _tokenize(self, text: str, *, special: bool) -> list[int]:
+        # verbose=False: the caller checks lengths itself; the tokenizer would warn on long texts.
+        encoded: Any = self.tokenizer(text, add_special_tokens=special, verbose=False)
+        return list(encoded["input_ids"])
+
+
+def load(
+    reference: str,
+    store: AssetStore,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Load what `reference` names; see `keepshot.models.reference` for the forms.
+
+    Args:
+        reference: As the user wrote it.
+        store: The cache for embedded models, conversions and digests.
+        device: A torch device.
+        dtype: float32, bfloat16 or float16.
+        trust_remote_code: Let transformers run code that comes with the model.
+
+    Raises:
+        ModelError: naming the file, tensor or value that does not fit.
+        AssetError: if an embedded model cannot be had.
+    """
+    target = _check_device(str(device))
+    if dtype not in DTYPES:
+        raise ModelError(unknown("dtype", dtype, DTYPES, f"known: {', '.join(DTYPES)}"))
+    parsed = parse_reference(reference)
+    if isinstance(parsed, RunDirectory):
+        parsed = parsed.inner
+    if isinstance(parsed, AdapterDirectory):
+        return _load_adapter(
+            parsed, store, device=target, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    path = locate(parsed, store, trust_remote_code=trust_remote_code)
+    return _load_directory(
+        reference, path, store, device=target, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+
+
+def locate(
+    reference: Embedded | HubModel | LocalDirectory | GGUFFile,
+    store: AssetStore,
+    *,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Return the directory with the model's safetensors, fetched or converted if need be."""
+    match reference:
+        case Embedded():
+            return fetch_model(reference.model.name, store)
+        case HubModel():
+            return _download(reference, trust_remote_code=trust_remote_code)
+        case LocalDirectory():
+            return reference.path
+        case GGUFFile():
+            return convert(reference.path, store)
+        case _:
+            assert_never(reference)
+
+
+def save(model: LanguageModel, out_dir: Path) -> None:
+    """Write the model and its tokenizer as a directory that transformers loads.
+
+    Raises:
+        OutputError: if `out_dir` holds something already or cannot be written.
+    """
+    with building_directory(out_dir) as folder, quiet_transformers():
+        model.module.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+
+
+def _load_directory(
+    reference: str,
+    path: Path,
+    store: AssetStore,
+    *,
+    device: torch.device,
+    dtype: str,
+    trust_remote_code: bool,
+) -> LanguageModel:
+    refuse_pickles(path)
+    TensorReader(path)
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    with quiet_transformers():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=DTYPES[dtype],
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+            tokenizer: Any = (
+                converted_tokenizer(path)
+                if is_converted(path)
+                else AutoTokenizer.from_pretrained(path, **options)
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise ModelError(_explain_transformers(reference, path, error)) from error
+    module, report = loaded
+    _check_report(path, report)
+    module.to(device).eval()
+    # peft and transformers copy this name into what they save; a path into our cache would bind
+    # an adapter to this machine, the reference does not.
+    name = str(path.absolute()) if Path(reference).exists() else reference
+    module.config._name_or_path = name
+    module.name_or_path = name
+    return LanguageModel(
+        reference=reference,
+        module=module,
+        tokenizer=tokenizer,
+        sha256=directory_sha256(path, store),
+        path=path,
+        num_parameters=sum(parameter.numel() for parameter in module.parameters()),
+        dtype=dtype,
+    )
+
+
+def _load_adapter(
+    adapter: AdapterDirectory,
+    store: AssetStore,
+    *,
+    device: torch.device,
+    dtype: str,
+    trust_remote_code: bool,
+) -> LanguageModel:
+    base = load(
+        adapter.base, store, device=device, dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    check_base(adapter.path, base.sha256, base.reference)
+    merged = merge_adapter(base.module, adapter.path, base.reference)
+    return LanguageModel(
+        reference=adapter.text,
+        module=merged,
+        tokenizer=base.tokenizer,
+        sha256=joint_sha256(base.sha256, directory_sha256(adapter.path, store)),
+        path=adapter.path,
+        num_parameters=base.num_parameters,
+        dtype=dtype,
+    )
+
+
+def _check_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"device {name!r} is unknown; give cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"device {name!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices; "
+            "use --device cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ModelError(f"device {name!r} is not here; use --device cpu")
+    return device
+
+
+def _download(reference: HubModel, *, trust_remote_code: bool) -> Path:
+    patterns = [*HUB_FILES, *(["*.py"] if trust_remote_code else [])]
+    try:
+        path = Path(
+            snapshot_download(
+                reference.repo, revision=reference.revision, allow_patterns=patterns,
+                ignore_patterns=["original/*"],
+            )
+        )  # fmt: skip
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            f"model {reference.text!r} is no directory here, not in the hub's local cache, and "
+            "the hub cannot be reached\n(HF_HUB_OFFLINE is set, or there is no network); check "
+            "the name, or give a directory"
+        ) from None
+    except (HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"model {reference.text!r}: the hub says: {reason}") from None
+    if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
+        raise ModelError(
+            f"model {reference.text!r} has no config.json with safetensors (pickled weights and "
+            "bare GGUF are not taken from the hub);\nuse a revision that has them, or convert it "
+            "where you trust it and give the directory"
+        )
+    return path
+
+
+def _explain_transformers(reference: str, path: Path, error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "trust_remote_code" in str(error):
+        return (
+            f"model {reference!r} brings its own code, which is not run unless you trust it; "
+            "read it, then add --trust-remote-code"
+        )
+    return f"model {reference!r}: {path} cannot be loaded: {lines[0][:300]}"
+
+
+def _check_report(path: Path, report: Any) -> None:
+    """Refuse weights that are absent or of another shape: transformers would invent them."""
+    for key, problem in (("missing_keys", "is missing"), ("mismatched_keys", "has another shape")):
+        names = sorted(str(entry) for entry in report[key])
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise ModelError(f"{path}: tensor {names[0]} {problem}{more} for what config.json says")
+
+
+__all__ = ["LanguageModel", "ModelReference", "fetch_model", "load", "locate", "save"]

@@ -1,0 +1,128 @@
+"""Figures in words: formatted numbers, names, methods, and text that a model wrote. Pure."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+from keepshot.records import TrainingRecord
+from keepshot.report.view import Arm
+
+NAMES = {
+    "before": "the untuned model",
+    "plain": "plain fine-tuning",
+    "gentle": "gentle fine-tuning",
+    "kept": "keepshot's recipe",
+    "blended": "the blend",
+}
+METHODS = {"full": "full fine-tuning", "lora": "LoRA", "value-only": "value matrices only"}
+
+
+def score(value: float | None) -> str:
+    """Return a score as `.91`, `1.00` or `-.05`; `n/a` for None."""
+    if value is None:
+        return "n/a"
+    text = f"{value:.2f}"
+    if text in ("-0.00", "0.00"):
+        return ".00"
+    return text.replace("0.", ".", 1) if abs(value) < 0.995 else text
+
+
+def score_interval(interval: tuple[float, float] | None) -> str:
+    """Return `[.88, .94]`, or nothing for None."""
+    return "" if interval is None else f"[{score(interval[0])}, {score(interval[1])}]"
+
+
+def percent(value: float | None) -> str:
+    """Return a share as `12 %`; `n/a` for None."""
+    return "n/a" if value is None else f"{_whole(value)} %"
+
+
+def percent_interval(interval: tuple[float, float] | None) -> str:
+    """Return `[8, 17]`, or nothing for None."""
+    return "" if interval is None else f"[{_whole(interval[0])}, {_whole(interval[1])}]"
+
+
+def _whole(share: float) -> int:
+    return round(100 * share)
+
+
+def lam(value: float) -> str:
+    """Return lambda without trailing zeros: `0.4`, `1`."""
+    return f"{value:.3g}"
+
+
+def rate(value: float) -> str:
+    """Return a learning rate as it is usually written: `1e-4`, `2.5e-5`, `0.01`."""
+    if not 0 < value < 0.01:
+        return f"{value:g}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def visible(text: str, limit: int = 0, keep: str = "") -> str:
+    """Show what cannot be seen: control and direction characters by symbol or number.
+
+    Args:
+        text: anything, such as what a model wrote.
+        limit: longest piece shown, in characters; what was cut is counted. 0 for all of it.
+        keep: characters left as they are.
+    """
+    cut = text[:limit] if limit else text
+    shown = "".join(c if c in keep else _shown(c) for c in cut)
+    rest = len(text) - len(cut)
+    return f"{shown} \u2026 (+{rest} characters)" if rest else shown
+
+
+def _shown(character: str) -> str:
+    code = ord(character)
+    if character == "\n":
+        return "\u23ce"
+    if code < 0x20:
+        return chr(0x2400 + code)
+    joiner = code in (0x200C, 0x200D)  # part of ordinary words and emoji
+    unseen = unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp")
+    never_a_character = code & 0xFFFE == 0xFFFE
+    return f"<U+{code:04X}>" if (unseen and not joiner) or never_a_character else character
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Shorten references to their last part where that stays unique, with nothing unseen in it."""
+    last = {name: _last_part(name) for name in names}
+    short = last if len(set(last.values())) == len(last) else {name: name for name in names}
+    return {name: visible(text, limit=40) for name, text in short.items()}
+
+
+def _last_part(name: str) -> str:
+    parts = [part for part in name.split("/") if part]
+    generic = len(parts) > 1 and parts[-1] in ("model", "adapter")
+    return "/".join(parts[-2:] if generic else parts[-1:]) or name
+
+
+def method(arm: Arm, training: Sequence[TrainingRecord]) -> str:
+    """Say in words how an arm came about."""
+    record = next((record for record in training if record.arm == arm.name), None)
+    if record is not None:
+        keep = f", keep terms: {', '.join(record.keep)}" if record.keep else ""
+        how = METHODS.get(record.method, record.method)
+        return f"{how}, learning rate {rate(record.learning_rate)}, {record.steps} steps{keep}"
+    match arm.row.lam:
+        case 0.0:
+            return "not tuned"
+        case 1.0:
+            return "the tuned model"
+        case None:
+            return "not tuned" if arm.name == "before" else ""
+        case share:
+            other = "plain" if any(r.arm == "plain" for r in training) else "tuned"
+            return f"untuned + {lam(share)} x ({other} - untuned), no further training"
+
+
+def name_of(arm: str) -> str:
+    """Return what an arm is called inside a sentence."""
+    return NAMES.get(arm, visible(arm, limit=60))
+
+
+def count(number: int, noun: str) -> str:
+    """Return `1 task`, `2 tasks`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

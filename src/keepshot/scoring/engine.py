@@ -1,0 +1,170 @@
+"""Answers scoring requests about a model, sharing what they share.
+
+Answers are the same to rounding whatever the order, grouping or batch size. `share=False` is the
+reference: each request in its own forward pass, from its first token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from keepshot.models.loading import LanguageModel
+from keepshot.records import Cost
+from keepshot.scoring.decoding import Answer, open_answer
+from keepshot.scoring.forward import Sharing, Trunk
+from keepshot.scoring.prefix import Limits, Plan, build_trie, plan
+from keepshot.scoring.request import Request, Result, targets, tokens_to_read
+from keepshot.scoring.shared import Reading, SharedRun, read_logits
+
+Progress = Callable[[int, int], None]
+CPU_LIMITS = Limits(batch=1024)
+GPU_LIMITS = Limits(batch=8192, row=512, fill=256, overhead=256)
+MIN_BATCH = 128
+"""Where memory runs out at a smaller batch than this, halving it would not help."""
+
+
+class Engine:
+    """Answers requests about one model.
+
+    Args:
+        model: its structure must stay; its weights may change between runs.
+        share: compute shared beginnings once (else: the slow reference).
+        batch_tokens: tokens in one forward pass; None chooses by device.
+    """
+
+    def __init__(
+        self, model: LanguageModel, *, share: bool = True, batch_tokens: int | None = None
+    ) -> None:
+        self.model = model
+        self.share = share
+        self._trunk = Trunk(model.module, share=share)
+        limits = CPU_LIMITS if self._trunk.device.type == "cpu" else GPU_LIMITS
+        self._limits = dataclasses.replace(
+            limits, batch=batch_tokens or limits.batch, packed=self.sharing == "packed"
+        )
+        self._cost = Cost()
+
+    @property
+    def sharing(self) -> Sharing:
+        """How far this model's structure lets requests share."""
+        return self._trunk.sharing
+
+    @property
+    def cost(self) -> Cost:
+        """What all runs so far took; tokens are those of prompts and answers given, not decoded."""
+        return self._cost
+
+    def plan(self, requests: Sequence[Request]) -> Plan:
+        """Return the forward passes that `run` would make, before it does."""
+        return plan(build_trie([tokens_to_read(r) for r in dict.fromkeys(requests)]), self._limits)
+
+    def run(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Result]:
+        """Return the answers in the order of `requests`; equal requests are computed once.
+
+        Args:
+            requests: of any kinds, mixed; none longer than the model's context.
+            progress: called with (different requests answered, different requests in all).
+        """
+        started = time.perf_counter()
+        unique = list(dict.fromkeys(requests))
+        answered: dict[Request, Result] = {}
+        with torch.inference_mode():
+            for request, result in self._answer(unique):
+                answered[request] = result
+                if progress is not None:
+                    progress(len(answered), len(unique))
+        self._spend(
+            seconds=time.perf_counter() - started,
+            tokens_naive=sum(len(tokens_to_read(request)) for request in requests),
+        )
+        return [answered[request] for request in requests]
+
+    def _spend(
+        self, *, seconds: float = 0.0, tokens_prefilled: int = 0, tokens_naive: int = 0
+    ) -> None:
+        self._cost = Cost(
+            seconds=self._cost.seconds + seconds,
+            tokens_prefilled=self._cost.tokens_prefilled + tokens_prefilled,
+            tokens_naive=self._cost.tokens_naive + tokens_naive,
+        )
+
+    def _answer(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Result]]:
+        """Answer in any order; where a device runs out of memory, go on with half the batch."""
+        limits = self._limits
+        waiting = list(requests)
+        while waiting:
+            done: set[int] = set()
+            try:
+                for number, result in self._attempt(waiting, limits):
+                    done.add(number)
+                    yield waiting[number], result
+            except torch.OutOfMemoryError:
+                if limits.batch < 2 * MIN_BATCH:
+                    raise
+                limits = dataclasses.replace(limits, batch=limits.batch // 2)
+            waiting = [request for number, request in enumerate(waiting) if number not in done]
+
+    def _attempt(self, requests: Sequence[Request], limits: Limits) -> Iterator[tuple[int, Result]]:
+        going: list[Answer] = []
+        if self.sharing == "plain":
+            yield from self._score_plainly(requests, limits, going)
+        else:
+            run = SharedRun(self.model, self._trunk, requests, limits)
+            yield from run.results(going)
+            self._spend(tokens_prefilled=run.tokens_prefilled)
+        yield from self._decode_plainly(going, limits)
+
+    def _score_plainly(
+        self, requests: Sequence[Request], limits: Limits, going: list[Answer]
+    ) -> Iterator[tuple[int, Result]]:
+        """Run each request from its first token; answers that go on are added to `going`."""
+        sequences = [list(tokens_to_read(request)) for request in requests]
+        for numbers, ids in self._equal_lengths(sequences, limits):
+            read = [len(sequences[n]) - len(requests[n].context) + 1 for n in numbers]
+            logits = self._trunk.full_logits(ids, max(read))
+            self._spend(tokens_prefilled=ids.numel())
+            for number, num_read, rows in zip(numbers, read, logits, strict=True):
+                wanted = targets(requests[number])
+                pairs = [(place, token) for place, token in enumerate(wanted)]
+                likeliest, log_probs = read_logits(rows[-num_read:], pairs)
+                reading = Reading(likeliest, log_probs)
+                answer = open_answer(number, requests[number], likeliest, self.model)
+                if answer is None or answer.finished:
+                    yield number, reading.result(requests[number], answer)
+                else:
+                    going.append(answer)
+
+    def _decode_plainly(
+        self, going: Sequence[Answer], limits: Limits
+    ) -> Iterator[tuple[int, Result]]:
+        """Decode with a full forward pass for every token: slow, and right for any model."""
+        while going:
+            sequences = [[*answer.request.context, *answer.tokens] for answer in going]
+            for numbers, ids in self._equal_lengths(sequences, limits):
+                tokens: list[int] = self._trunk.full_logits(ids, 1)[:, 0].argmax(dim=-1).tolist()
+                for number, token in zip(numbers, tokens, strict=True):
+                    going[number].tokens.append(token)
+                    if going[number].check(self.model):
+                        answer = going[number]
+                        yield answer.number, Reading([], []).result(answer.request, answer)
+            going = [answer for answer in going if not answer.finished]
+
+    def _equal_lengths(
+        self, sequences: Sequence[list[int]], limits: Limits
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield batches of sequences of one length, so that nothing is padded."""
+        groups: dict[int, list[int]] = defaultdict(list)
+        for number, tokens in enumerate(sequences):
+            groups[len(tokens)].append(number)
+        for length, numbers in sorted(groups.items(), reverse=True):
+            rows = max(1, limits.batch // length) if self.share else 1
+            for start in range(0, len(numbers), rows):
+                batch = numbers[start : start + rows]
+                ids = torch.tensor([sequences[n] for n in batch], device=self._trunk.device)
+                yield batch, ids

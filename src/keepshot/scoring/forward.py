@@ -1,0 +1,326 @@
+"""A model taken apart for scoring: trunk, key-value caches that are forked, and head.
+
+Sharing is by structure and by trial. Models whose attention takes a mask as given run rows of
+packed branches (`packed`); models with an ordinary cache but position biases of their own (alibi)
+run plain rows on a forked cache (`rows`); all others, such as recurrent ones, read every request
+from its beginning (`plain`). Whatever structure suggests is tried on a few tokens and used only if
+the logits agree with an ordinary forward pass.
+
+Shapes: R rows, L tokens a row, P tokens in the cache, K = P + L keys, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from keepshot.scoring.prefix import Forward, Limits, Row, Tokens, Trie, build_trie, plan
+
+Sharing = Literal["packed", "rows", "plain"]
+FULL, SLIDING = "full_attention", "sliding_attention"
+MAX_LOGITS = 2**24
+"""The head is applied in slices of at most so many logits (64 MiB in float32)."""
+RELATIVE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+"""How far logits may be off in the trial, in their standard deviations; half precision: 0.2."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Rows of packed nodes as arrays; tokens of a row come after the P tokens of the cache."""
+
+    ids: NDArray[np.int64]
+    """[R, L], zero where padded."""
+    depths: NDArray[np.int64]
+    """[R, L], position ids."""
+    visible: NDArray[np.bool_]
+    """[R, L, L]: may the row's token attend to the row's token?"""
+    places: tuple[tuple[int, ...], ...]
+    """For each row and node in it, the column of the node's first token."""
+
+
+def lay_out(trie: Trie, rows: Sequence[Row]) -> Layout:
+    """Return `rows` as arrays, padded on the right."""
+    shape = len(rows), max(row.length for row in rows)
+    ids = np.zeros(shape, dtype=np.int64)
+    depths = np.zeros(shape, dtype=np.int64)
+    visible = np.zeros((*shape, shape[1]), dtype=np.bool_)
+    visible[:, range(shape[1]), range(shape[1])] = True  # padding sees itself: no row is empty
+    places: list[tuple[int, ...]] = []
+    for r, row in enumerate(rows):
+        columns: list[int] = []
+        column = 0
+        for number, parent in zip(row.nodes, row.parents, strict=True):
+            node = trie.nodes[number]
+            stop = column + len(node.tokens)
+            ids[r, column:stop] = node.tokens
+            depths[r, column:stop] = range(node.start, node.end)
+            visible[r, column:stop, column:stop] = np.tri(len(node.tokens), dtype=np.bool_)
+            if parent >= 0:
+                last = columns[parent] + len(trie.nodes[row.nodes[parent]].tokens) - 1
+                visible[r, column:stop, :column] = visible[r, last, :column]
+            columns.append(column)
+            column = stop
+        places.append(tuple(columns))
+    return Layout(ids, depths, visible, tuple(places))
+
+
+class Trunk:
+    """Everything but the head: token ids in, hidden states and caches out.
+
+    Args:
+        module: a causal language model of transformers, or one wrapped by peft.
+        share: look for a way to share (else: plain).
+    """
+
+    def __init__(self, module: Any, *, share: bool = True) -> None:
+        self.module = module
+        self.inner: Any = module.get_base_model() if isinstance(module, PeftModel) else module
+        self.body: Any = self.inner.base_model
+        self.config: Any = self.inner.config.get_text_config()
+        parameter = next(self.inner.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.head: Any = self.inner.get_output_embeddings()
+        self._finish: Callable[[Tensor], Tensor] = _unchanged
+        kinds: Any = getattr(self.config, "layer_types", None)
+        self.window: int | None = getattr(self.config, "sliding_window", None)
+        if kinds is None:
+            kinds = [SLIDING if self.window else FULL]
+        self.kinds: frozenset[str] = frozenset(kinds)
+        self.sharing: Sharing = "plain"
+        if share:
+            with torch.inference_mode():
+                self.sharing = self._find_sharing()
+
+    def hidden(
+        self, ids: Tensor, depths: Tensor, visible: Tensor, key_depths: Tensor, cache: DynamicCache
+    ) -> Tensor:
+        """Run the packed form; `cache` grows by L.
+
+        Args:
+            ids: [R, L].
+            depths: [R, L], position ids.
+            visible: [R, L, K], what each token may attend to, apart from sliding windows.
+            key_depths: [R, K], position ids of the keys.
+            cache: holds P tokens in each of R rows.
+
+        Returns:
+            Hidden states [R, L, D].
+        """
+        output = self.body(
+            input_ids=ids,
+            position_ids=depths,
+            attention_mask=self._mask(visible, depths, key_depths),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output[0]
+
+    def _mask(self, visible: Tensor, depths: Tensor, key_depths: Tensor) -> Any:
+        masks: dict[str, Tensor] = {}
+        for kind in self.kinds:
+            allowed = visible
+            if kind == SLIDING and self.window is not None:
+                distance = depths[:, :, None] - key_depths[:, None, :]
+                allowed = visible & (distance < self.window)
+            mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
+            mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)
+            masks[kind] = mask[:, None]
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits [N, V] of hidden states [N, D]."""
+        return self._finish(self.head(hidden)).float()
+
+    def full_logits(self, ids: Tensor, num_last: int) -> Tensor:
+        """Return float32 logits of the last tokens [R, num_last, V] by an ordinary forward pass."""
+        output = self.module(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            use_cache=False,
+            **self._keep(num_last),
+        )
+        return output.logits[:, -num_last:].float()
+
+    def _keep(self, num_last: int) -> dict[str, int]:
+        code = self.inner.forward.__func__.__code__
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        return {"logits_to_keep": num_last} if "logits_to_keep" in names else {}
+
+    def _find_sharing(self) -> Sharing:
+        adapted = isinstance(self.module, PeftModel)
+        prompts = adapted and any(c.is_prompt_learning for c in self.module.peft_config.values())
+        if self.body is self.inner or self.head is None or prompts or self.inner._is_stateful:
+            return "plain"
+        if not self.kinds <= {FULL, SLIDING}:
+            return "plain"
+        if self.inner._supports_attention_backend and self._try("packed"):
+            return "packed"
+        return "rows" if self._try("rows") else "plain"
+
+    def _try(self, sharing: Sharing) -> bool:
+        """Say whether a trunk that shares gives the logits of an ordinary forward pass."""
+        ids = [int(i) for i in np.linspace(1, self.config.vocab_size - 1, 12)]
+        shared, left, right = ids[:5], ids[5:9], ids[9:]
+        sequences: list[Tokens] = [
+            (*shared, *left),
+            (*shared, *left[:2], *right),
+            (*shared, *right),
+        ]
+        trie = build_trie(sequences)
+        limits = Limits(batch=64, row=8, overhead=0, packed=sharing == "packed")
+        expected = [
+            self.full_logits(torch.tensor([tokens], device=self.device), 1)[0, 0]
+            for tokens in sequences
+        ]
+        try:
+            found = self._leaf_hidden(trie, limits)
+        # A model that cannot run this way refuses somewhere in its own code, in any of these ways.
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError):
+            return False
+        tolerance = RELATIVE_TOLERANCE.get(self.dtype, 0.2)
+        for finish in _finishes(self.config):
+            self._finish = finish
+            if all(
+                bool(
+                    (self.logits(hidden[None])[0] - logits).abs().max() <= tolerance * logits.std()
+                )
+                for hidden, logits in zip(found, expected, strict=True)
+            ):
+                return True
+        return False
+
+    def _leaf_hidden(self, trie: Trie, limits: Limits) -> list[Tensor]:
+        caches = Caches(self, packed=limits.packed)
+        ends: dict[int, Tensor] = {}
+        for forward in plan(trie, limits).forwards:
+            layout, hidden, _ = caches.run(trie, forward)
+            for r, row in enumerate(forward.rows):
+                for number, column in zip(row.nodes, layout.places[r], strict=True):
+                    ends[number] = hidden[r, column + len(trie.nodes[number].tokens) - 1]
+        return [ends[number] for number in trie.end_nodes]
+
+
+class Caches:
+    """Runs forward passes of a plan and keeps the caches that later ones start from."""
+
+    def __init__(self, trunk: Trunk, *, packed: bool) -> None:
+        self._trunk = trunk
+        self._packed = packed
+        self._kept: dict[int, DynamicCache] = {}
+
+    def run(self, trie: Trie, forward: Forward) -> tuple[Layout, Tensor, DynamicCache]:
+        """Return the layout, the hidden states [R, L, D] and the grown cache of one pass."""
+        trunk = self._trunk
+        layout = lay_out(trie, forward.rows)
+        ids = torch.from_numpy(layout.ids).to(trunk.device)
+        kept = self._kept.get(forward.past)
+        if not self._packed:
+            cache = DynamicCache(config=trunk.config) if kept is None else copy.deepcopy(kept)
+            if kept is not None:
+                cache.batch_repeat_interleave(len(forward.rows))
+            mask = torch.ones(
+                (len(ids), trie.nodes[forward.past].end + ids.shape[1]), device=trunk.device
+            )
+            hidden = trunk.body(
+                input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True
+            )[0]
+        else:
+            cache = DynamicCache() if kept is None else fork(kept, len(forward.rows))
+            num_past = trie.nodes[forward.past].end
+            depths = torch.from_numpy(layout.depths).to(trunk.device)
+            visible = torch.from_numpy(layout.visible).to(trunk.device)
+            past = torch.arange(num_past, device=trunk.device).expand(len(forward.rows), -1)
+            hidden = trunk.hidden(
+                ids,
+                depths,
+                torch.nn.functional.pad(visible, (num_past, 0), value=True),
+                torch.cat([past, depths], dim=1),
+                cache,
+            )
+        if forward.keep:
+            self._keep(trie, forward, cache)
+        return layout, hidden, cache
+
+    def _keep(self, trie: Trie, forward: Forward, cache: DynamicCache) -> None:
+        num_past = trie.nodes[forward.past].end
+        for r, row in enumerate(forward.rows):
+            start = num_past
+            for group in row.groups():
+                stop = start + sum(len(trie.nodes[number].tokens) for number in group)
+                if self._packed:
+                    self._kept[group[-1]] = _cut(cache, r, num_past, slice(start, stop))
+                else:
+                    one = copy.deepcopy(cache)
+                    one.batch_select_indices(torch.tensor([r], device=self._trunk.device))
+                    self._kept[group[-1]] = one
+                start = stop
+
+    def release(self, node: int) -> None:
+        """Drop the cache of `node`, if it is kept."""
+        self._kept.pop(node, None)
+
+
+def tensors(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """Return keys and values [R, heads, K, head width] of each layer."""
+    layers: Any = cache.layers
+    return [(layer.keys, layer.values) for layer in layers]
+
+
+def cache_of(layers: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
+    """Return a cache that holds `layers` without copying them.
+
+    All layers are of the growing kind, also where a model has sliding windows: the windows are in
+    our masks, and a cache cut to the window could not be forked or packed.
+    """
+    cache = DynamicCache()
+    for keys, values in layers:
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache
+
+
+def fork(cache: DynamicCache, rows: int) -> DynamicCache:
+    """Return a cache of `rows` rows that shares the memory of `cache`, which stays as it is."""
+    return cache_of(
+        [(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in tensors(cache)]
+    )
+
+
+def _cut(cache: DynamicCache, r: int, num_past: int, columns: slice) -> DynamicCache:
+    """Return a copy of row `r` of `cache`: its first `num_past` columns, then `columns`."""
+
+    def cut(states: Tensor) -> Tensor:
+        return torch.cat([states[r : r + 1, :, :num_past], states[r : r + 1, :, columns]], dim=2)
+
+    return cache_of([(cut(keys), cut(values)) for keys, values in tensors(cache)])
+
+
+def _unchanged(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _finishes(config: Any) -> list[Callable[[Tensor], Tensor]]:
+    """Return what families do to logits after the head, as far as the configuration says."""
+    cap: Any = getattr(config, "final_logit_softcapping", None)
+    divisor: Any = getattr(config, "logits_scaling", None)
+    factor: Any = getattr(config, "logit_scale", None)
+    finishes: list[Callable[[Tensor], Tensor]] = [_unchanged]
+    if cap:
+        finishes.append(lambda logits: torch.tanh(logits / cap) * cap)
+    if divisor:
+        finishes.append(lambda logits: logits / divisor)
+    if factor:
+        finishes.append(lambda logits: logits * factor)
+    return finishes

@@ -1,0 +1,108 @@
+"""Error bars for few-shot scores: pure functions on arrays.
+
+Every comparison here is paired: the same questions under the same demonstrations, put to two
+models. Items are resampled within each task (tasks are fixed, not a sample), and demonstration
+draws within each task as a crossed second level, so an interval covers both the choice of
+questions and the choice of demonstrations. With one draw it covers the questions alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats as scipy_stats
+
+Matrix = NDArray[np.float64]
+NUM_RESAMPLES = 4000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """The interval alone."""
+        return (self.low, self.high)
+
+
+def proportion(num_correct: float, num_items: int) -> Interval:
+    """Return a share with its Wilson interval, which stays honest at 0 and 1.
+
+    Args:
+        num_correct: sum of the items' scores, each in [0, 1].
+        num_items: number of items, at least 1.
+    """
+    share = num_correct / num_items
+    low, high = scipy_stats.binomtest(round(num_correct), num_items).proportion_ci(method="wilson")
+    return Interval(share, float(min(low, share)), float(max(high, share)))
+
+
+def mean_over_tasks(tasks: Sequence[Matrix], generator: np.random.Generator) -> Interval:
+    """Return the mean over tasks of the mean score, with a bootstrap interval.
+
+    Args:
+        tasks: one [num_draws, num_items] matrix of scores per task.
+        generator: source of the resamples.
+    """
+    resampled = np.mean([_resampled_means([task], generator)[0] for task in tasks], axis=0)
+    return _percentiles(float(np.mean([task.mean() for task in tasks])), resampled)
+
+
+def retention(
+    after: Sequence[Matrix],
+    before: Sequence[Matrix],
+    chances: Sequence[float],
+    generator: np.random.Generator,
+) -> Interval | None:
+    """Return (mean after - mean chance) / (mean before - mean chance), paired.
+
+    Args:
+        after: one [num_draws, num_items] matrix per task for the tuned model.
+        before: the same questions and draws for the model before tuning, in the same order.
+        chances: the score that guessing gets on each task.
+        generator: source of the resamples.
+
+    Returns:
+        None where the model before tuning is not reliably above chance, so that a share of its
+        ability means nothing.
+    """
+    for task_after, task_before in zip(after, before, strict=True):
+        assert task_after.shape == task_before.shape, "retention needs paired items and draws"
+    chance = float(np.mean(chances))
+    pairs = [_resampled_means([a, b], generator) for a, b in zip(after, before, strict=True)]
+    gained_after = np.mean([pair[0] for pair in pairs], axis=0) - chance
+    gained_before = np.mean([pair[1] for pair in pairs], axis=0) - chance
+    if float(np.quantile(gained_before, 0.025)) <= 0.0:
+        return None
+    point = (np.mean([a.mean() for a in after]) - chance) / (
+        np.mean([b.mean() for b in before]) - chance
+    )
+    return _percentiles(float(point), gained_after / gained_before)
+
+
+def _resampled_means(
+    paired: Sequence[Matrix], generator: np.random.Generator
+) -> list[NDArray[np.float64]]:
+    """Bootstrap means of matrices that share their items and draws: [num_resamples] each."""
+    num_draws, num_items = paired[0].shape
+    items = _multinomial_weights(num_items, generator)
+    draws = _multinomial_weights(num_draws, generator)
+    return [np.einsum("rs,sn,rn->r", draws, matrix, items, optimize=True) for matrix in paired]
+
+
+def _multinomial_weights(size: int, generator: np.random.Generator) -> Matrix:
+    counts = generator.multinomial(size, np.full(size, 1.0 / size), size=NUM_RESAMPLES)
+    return counts.astype(np.float64) / size
+
+
+def _percentiles(value: float, resampled: NDArray[np.float64]) -> Interval:
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    return Interval(value, float(min(low, value)), float(max(high, value)))

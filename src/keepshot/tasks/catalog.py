@@ -1,0 +1,400 @@
+"""Every embedded task in one literal table, the suites, and tasks made of a user's file.
+
+Reading the table costs nothing; examples are built, and assets fetched, by `load_task` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from numpy.random import Generator
+
+from keepshot.errors import TaskError, unknown
+from keepshot.prompts import Example
+from keepshot.tasks import lexical, procedural, sentences, surface
+from keepshot.tasks.lexical import AssetSource
+from keepshot.tasks.source import SUFFIXES, read_examples_file
+from keepshot.tasks.task import Kind, Task, group_by_input, seeded
+
+NUM_DEMONSTRATIONS = 64
+NUM_VALIDATION = 100
+NUM_TEST = 150
+
+Builder = Callable[[AssetSource, Generator], Sequence[Example]]
+Role = Literal["suite", "anchor", "target"]
+Sizes = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class TaskEntry:
+    """What is known of a task before its examples are built.
+
+    `rule` is the kind of rule that an answer follows; anchors share none with the suites. `assets`
+    are the pinned packages that building fetches. `version` rises when questions change.
+    """
+
+    kind: Kind
+    domain: str
+    rule: str
+    description: str
+    source: str
+    licence: str
+    build: Builder
+    assets: tuple[str, ...] = ()
+    role: Role = "suite"
+    version: int = 1
+    num_test: int = NUM_TEST
+
+
+def _made(maker: procedural.Maker) -> Builder:
+    return lambda store, generator: maker(generator)
+
+
+def _read(reader: Callable[[AssetSource], list[Example]]) -> Builder:
+    return lambda store, generator: reader(store)
+
+
+def _written(name: str) -> Builder:
+    return lambda store, generator: sentences.written(name)
+
+
+def _code(
+    kind: Kind, domain: str, rule: str, description: str, maker: procedural.Maker
+) -> TaskEntry:
+    return TaskEntry(kind, domain, rule, description, "made by code", "Apache-2.0", _made(maker))
+
+
+def _anchor(rule: str, description: str, maker: procedural.Maker) -> TaskEntry:
+    source, domain = "own word list, made by code", "written form"
+    return TaskEntry(
+        "exact", domain, rule, description, source, "Apache-2.0", _made(maker), role="anchor"
+    )
+
+
+def _text(domain: str, rule: str, description: str, name: str, kind: Kind = "choice") -> TaskEntry:
+    source = "written for keepshot"
+    return TaskEntry(kind, domain, rule, description, source, "Apache-2.0", _written(name))
+
+
+CATALOG: dict[str, TaskEntry] = {
+    "country-capital": TaskEntry(
+        "exact", "knowledge", "recall", "a country -> its capital",
+        "countryinfo 1.0.1", "MIT", _read(lexical.capitals), ("countryinfo",),
+    ),
+    "country-demonym": TaskEntry(
+        "exact", "knowledge", "recall", "a country -> its people",
+        "countryinfo 1.0.1", "MIT", _read(lexical.demonyms), ("countryinfo",),
+    ),
+    "country-continent": TaskEntry(
+        "choice", "knowledge", "recall", "a country -> its continent",
+        "countryinfo 1.0.1", "MIT", _read(lexical.continents), ("countryinfo",),
+    ),
+    "english-french": TaskEntry(
+        "exact", "translation", "translation", "an English noun -> French",
+        "emoji 2.16.0 (Unicode CLDR names)", "BSD-3-Clause, Unicode-3.0",
+        lambda store, generator: lexical.translations(store, "fr"), ("emoji",),
+    ),
+    "english-spanish": TaskEntry(
+        "exact", "translation", "translation", "an English noun -> Spanish",
+        "emoji 2.16.0 (Unicode CLDR names)", "BSD-3-Clause, Unicode-3.0",
+        lambda store, generator: lexical.translations(store, "es"), ("emoji",),
+    ),
+    "french-english": TaskEntry(
+        "exact", "translation", "translation", "a French noun -> English",
+        "emoji 2.16.0 (Unicode CLDR names)", "BSD-3-Clause, Unicode-3.0",
+        lambda store, generator: lexical.back_translations(store, "fr"), ("emoji",),
+    ),
+    "spanish-english": TaskEntry(
+        "exact", "translation", "translation", "a Spanish noun -> English",
+        "emoji 2.16.0 (Unicode CLDR names)", "BSD-3-Clause, Unicode-3.0",
+        lambda store, generator: lexical.back_translations(store, "es"), ("emoji",),
+    ),
+    "past-tense": TaskEntry(
+        "exact", "morphology", "inflection", "a verb -> its past tense",
+        "lemminflect 0.2.3", "MIT", _read(lexical.past_tenses), ("lemminflect",),
+    ),
+    "plural": TaskEntry(
+        "exact", "morphology", "inflection", "a noun -> its plural",
+        "lemminflect 0.2.3", "MIT", _read(lexical.plurals), ("lemminflect",),
+    ),
+    "comparative": TaskEntry(
+        "exact", "morphology", "inflection", "an adjective -> its comparative",
+        "lemminflect 0.2.3", "MIT", _read(lexical.comparatives), ("lemminflect",),
+    ),
+    "word-feeling": TaskEntry(
+        "choice", "feeling", "classification", "a word -> positive or negative",
+        "vaderSentiment 3.3.2", "MIT", _read(lexical.word_feelings), ("vaderSentiment",),
+    ),
+    "sentence-language": TaskEntry(
+        "choice", "language", "classification", "a sentence -> its language (6)",
+        "chatterbot-corpus 1.3.3", "BSD-3-Clause", _read(lexical.sentence_languages),
+        ("chatterbot-corpus",),
+    ),
+    "addition": _code(
+        "exact", "arithmetic", "arithmetic", "two digits plus one", procedural.addition
+    ),
+    "subtraction": _code(
+        "exact", "arithmetic", "arithmetic", "two digits minus one", procedural.subtraction
+    ),
+    "private-operator": _code(
+        "exact", "arithmetic", "unknown sign", "addition under an unknown sign",
+        procedural.private_operator,
+    ),
+    "private-concatenation": _code(
+        "exact", "arithmetic", "unknown sign", "digits side by side under an unknown sign",
+        procedural.private_concatenation,
+    ),
+    "sequence": _code(
+        "exact", "arithmetic", "arithmetic", "four numbers -> the fifth", procedural.sequence
+    ),
+    "largest": _code(
+        "exact", "arithmetic", "comparison", "three numbers -> the largest", procedural.largest
+    ),
+    "counting": _code(
+        "exact", "arithmetic", "counting", "a list -> how many things", procedural.counting
+    ),
+    "date-format": _code(
+        "exact", "format", "reformatting", "2012-06-14 -> !06!14!2012!", procedural.date_format
+    ),
+    "clock-format": _code(
+        "exact", "format", "reformatting", "15:40 -> 3.40 pm", procedural.clock_format
+    ),
+    "reference-format": _code(
+        "exact", "format", "reformatting", "page 17 of part 4 -> 4:17", procedural.reference_format
+    ),
+    "second-item": _code(
+        "exact", "position", "position", "three words -> the second", procedural.second_item
+    ),
+    "last-item": _code(
+        "exact", "position", "position", "a list -> its last item", procedural.last_item
+    ),
+    "look-up": _code(
+        "exact", "extraction", "look-up", "a small table and a key -> the value",
+        procedural.look_up,
+    ),
+    "odd-one-out": _code(
+        "choice", "multiple choice", "selection by meaning", "four words -> the odd one out",
+        procedural.odd_one_out,
+    ),
+    "pick-animal": _code(
+        "exact", "selection", "selection by meaning", "three words -> the animal",
+        procedural.pick_animal,
+    ),
+    "pick-colour": _code(
+        "exact", "selection", "selection by meaning", "three words -> the colour",
+        procedural.pick_colour,
+    ),
+    "made-up-categories": _code(
+        "choice", "made-up labels", "arbitrary labels", "a word -> one of three meaningless names",
+        procedural.made_up_categories,
+    ),
+    "parity-signs": _code(
+        "choice", "made-up labels", "arbitrary labels", "a number -> one of two signs",
+        procedural.symbol_parity,
+    ),
+    "word-group": _code(
+        "choice", "word meaning", "classification", "a word -> its group (7)",
+        procedural.word_groups,
+    ),
+    "number-name": _code(
+        "exact", "numerals", "numerals", "forty-two -> 42", procedural.number_names
+    ),
+    "number-spelling": _code(
+        "exact", "numerals", "numerals", "42 -> forty-two", procedural.number_spelling
+    ),
+    "roman-numeral": _code("exact", "numerals", "numerals", "XIV -> 14", procedural.roman_numerals),
+    "extract-phone": _code(
+        "exact", "extraction", "extraction", "a note -> the telephone number in it",
+        procedural.phone_extraction,
+    ),
+    "extract-town": _code(
+        "exact", "extraction", "extraction", "a note -> the town in it", procedural.town_extraction
+    ),
+    "extract-day": _code(
+        "exact", "extraction", "extraction", "a note -> the day of the week in it",
+        procedural.day_extraction,
+    ),
+    "sentence-topic": _text(
+        "topic", "classification", "a sentence -> sport, weather, money, health or travel", "topic"
+    ),
+    "sentence-feeling": _text(
+        "feeling", "classification", "a remark -> positive or negative", "feeling"
+    ),
+    "topic-signs": TaskEntry(
+        "choice", "made-up labels", "arbitrary labels", "a sentence -> one of five signs",
+        "written for keepshot", "Apache-2.0",
+        lambda store, generator: sentences.relabelled("topic", ("@@", "##", "%%", "&&", "++")),
+    ),
+    "feeling-signs": TaskEntry(
+        "choice", "made-up labels", "arbitrary labels", "a remark -> one of two meaningless names",
+        "written for keepshot", "Apache-2.0",
+        lambda store, generator: sentences.relabelled("feeling", ("zub", "kif")),
+    ),
+    "short-facts": _text("knowledge", "recall", "a question -> a word or two", "facts", "exact"),
+    "opposite": TaskEntry(
+        "choice", "word meaning", "recall", "a word -> its opposite, one of four words",
+        "written for keepshot", "Apache-2.0",
+        lambda store, generator: sentences.opposites(generator),
+    ),
+    "support": TaskEntry(
+        "choice", "customer messages", "classification", "a message to a shop -> its class (6)",
+        "written for keepshot", "Apache-2.0", _written("support"), role="target", num_test=200,
+    ),
+    "upper-case": _anchor("letter case", "a word -> capitals", surface.upper_case),
+    "repeat-words": _anchor("repetition", "two words -> the same twice", surface.repeat_words),
+    "reverse-words": _anchor("word order", "three words -> backwards", surface.reverse_words),
+    "join-words": _anchor("joining", "two words -> one", surface.join_words),
+    "spell-out": _anchor("spelling", "a word -> its letters", surface.spell_out),
+    "link-words": _anchor("conjunction", "two words -> joined by and", surface.link_words),
+}  # fmt: skip
+
+SUITES: dict[str, tuple[str, ...]] = {
+    "core": (
+        "country-capital", "french-english", "past-tense", "plural", "word-feeling", "addition",
+        "private-operator", "date-format", "second-item", "pick-animal", "made-up-categories",
+        "extract-town", "odd-one-out",
+    ),
+    "full": tuple(name for name, entry in CATALOG.items() if entry.role == "suite"),
+    "anchors": tuple(name for name, entry in CATALOG.items() if entry.role == "anchor"),
+}  # fmt: skip
+
+
+def load_task(name_or_path: str, store: AssetSource, *, seed: int = 0, shots: int = 0) -> Task:
+    """Build an embedded task, or the task that an examples file makes.
+
+    Embedded tasks are split once for all; `seed` and `shots` bear on files alone.
+
+    Raises:
+        TaskError: if there is no such task or file, or the file cannot be used.
+        AssetError: if a pinned package cannot be had.
+    """
+    if _is_path(name_or_path):
+        return task_from_file(Path(name_or_path), seed=seed, shots=shots)
+    if name_or_path not in CATALOG:
+        listing = "`keepshot tasks` lists all, and an examples file is named by its path"
+        raise TaskError(unknown("task", name_or_path, [*CATALOG, *SUITES], listing))
+    return _embedded(name_or_path, CATALOG[name_or_path], store)
+
+
+def resolve_tasks(
+    names: Sequence[str], store: AssetSource, seed: int = 0, *, shots: int = 0
+) -> list[Task]:
+    """Build the tasks that `names` stand for: suites, tasks and paths, also joined by commas.
+
+    Each comes once, in the order of first mention. Names and files are checked before any asset is
+    fetched.
+
+    Args:
+        names: Such as `["core,my.jsonl"]`.
+        store: Gives the pinned packages.
+        seed: For the split of files.
+        shots: The most shots that will be asked of a file; see `task_from_file`.
+
+    Raises:
+        TaskError: as `load_task`, and if nothing is named.
+    """
+    mentioned = [part.strip() for name in names for part in name.split(",") if part.strip()]
+    wanted = dict.fromkeys(one for name in mentioned for one in SUITES.get(name, (name,)))
+    if not wanted:
+        raise TaskError(f"no task is named; name suites ({', '.join(SUITES)}), tasks or files")
+    files = {n: load_task(n, store, seed=seed, shots=shots) for n in wanted if n not in CATALOG}
+    return [files[name] if name in files else load_task(name, store) for name in wanted]
+
+
+def task_from_file(
+    path: Path, *, seed: int = 0, validation_share: float = 0.0, shots: int = 0
+) -> Task:
+    """Make a task of an examples file, used whole: a pool of demonstrations, the rest is test.
+
+    The pool is at most 64 rows and half of the file at most, unless `shots` needs more. Rows that
+    ask the same thing stay on one side. It is a choice task if the rows have choices.
+
+    Args:
+        path: JSONL, CSV or parquet.
+        seed: Of the split.
+        validation_share: Share of the rows outside the pool that become validation, not test.
+        shots: How many demonstrations will be asked for at most.
+
+    Raises:
+        TaskError: if the file cannot be used, or has no more rows than shots.
+    """
+    assert 0 <= validation_share < 1
+    content = read_examples_file(path)
+    num_rows = len(content.examples)
+    if num_rows <= shots:
+        raise TaskError(
+            f"{path}: has {num_rows} rows, too few for {shots} shots and a question; "
+            "ask for fewer shots or give more rows"
+        )
+    num_pool = min(NUM_DEMONSTRATIONS, max(num_rows // 2, shots))
+    groups = group_by_input(content.examples)
+    order = seeded("file", seed).permutation(len(groups))
+    shuffled = [groups[int(index)] for index in order]
+    pool, rest = _take(shuffled, num_pool)
+    num_rest = sum(map(len, rest))
+    validation, test = _take(rest, round(num_rest * validation_share))
+    return Task(
+        name=path.name,
+        kind="exact" if content.examples[0].choices is None else "choice",
+        version=1,
+        domain="file",
+        description=f"rows of {path.name}",
+        demonstrations=_flat(pool),
+        validation=_flat(validation),
+        test=_flat(test),
+        template=content.template,
+    )
+
+
+def _embedded(name: str, entry: TaskEntry, store: AssetSource) -> Task:
+    generator = seeded(name, entry.version)
+    groups = group_by_input(entry.build(store, generator))
+    pool = [groups[int(index)][0] for index in generator.permutation(len(groups))]
+    demonstrations, validation, test = _sizes(len(pool), entry.num_test)
+    ends = demonstrations, demonstrations + validation, demonstrations + validation + test
+    return Task(
+        name=name,
+        kind=entry.kind,
+        version=entry.version,
+        domain=entry.domain,
+        description=entry.description,
+        demonstrations=tuple(pool[: ends[0]]),
+        validation=tuple(pool[ends[0] : ends[1]]),
+        test=tuple(pool[ends[1] : ends[2]]),
+        train=tuple(pool[ends[2] :]) if entry.role == "target" else (),
+    )
+
+
+def _sizes(available: int, num_test: int) -> Sizes:
+    """Split a source: the full sizes if it holds enough, else the same proportions, at least 32."""
+    wanted = NUM_DEMONSTRATIONS + NUM_VALIDATION + num_test
+    if available >= wanted:
+        return NUM_DEMONSTRATIONS, NUM_VALIDATION, num_test
+    demonstrations = min(NUM_DEMONSTRATIONS, max(32, available * NUM_DEMONSTRATIONS // wanted))
+    validation = (available - demonstrations) * NUM_VALIDATION // (NUM_VALIDATION + num_test)
+    return demonstrations, validation, available - demonstrations - validation
+
+
+def _take(
+    groups: Sequence[list[Example]], count: int
+) -> tuple[list[list[Example]], list[list[Example]]]:
+    """Take whole groups, in order, until `count` rows are reached; return taken and left."""
+    taken: list[list[Example]] = []
+    left: list[list[Example]] = []
+    room = count
+    for group in groups:
+        fits = len(group) <= room
+        (taken if fits else left).append(group)
+        room -= len(group) if fits else 0
+    return taken, left
+
+
+def _flat(groups: Sequence[list[Example]]) -> tuple[Example, ...]:
+    return tuple(example for group in groups for example in group)
+
+
+def _is_path(text: str) -> bool:
+    return text.endswith(SUFFIXES) or "/" in text or "\\" in text or Path(text).is_file()

@@ -1,0 +1,63 @@
+"""Anchor tasks: what can be done to the written form of words, whatever they mean.
+
+The keep term draws its few-shot prompts from these. They share neither words nor kind of rule with
+any task of the measured suites, so that a kept ability is not a trained one.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+from numpy.random import Generator
+
+from keepshot.prompts import Example
+from keepshot.tasks.procedural import words
+
+NUM_MADE = 420
+
+
+def upper_case(generator: Generator) -> list[Example]:
+    """`almost` -> `ALMOST`."""
+    return [Example(word, word.upper()) for word in _words(generator)]
+
+
+def repeat_words(generator: Generator) -> list[Example]:
+    """`almost then` -> the same twice."""
+    return [Example(f"{a} {b}", f"{a} {b} {a} {b}") for a, b in _pairs(generator)]
+
+
+def reverse_words(generator: Generator) -> list[Example]:
+    """`almost legend twice` -> `twice legend almost`."""
+    pairs = _pairs(generator)
+    extra = _pairs(generator)
+    return [
+        Example(f"{a} {b} {c}", f"{c} {b} {a}")
+        for (a, b), (c, _) in zip(pairs, extra, strict=True)
+        if c not in (a, b)
+    ]
+
+
+def join_words(generator: Generator) -> list[Example]:
+    """`almost legend` -> `almostlegend`."""
+    return [Example(f"{a} + {b}", a + b) for a, b in _pairs(generator)]
+
+
+def spell_out(generator: Generator) -> list[Example]:
+    """`motto` -> `m-o-t-t-o`."""
+    return [Example(f"{word}:", "-".join(word)) for word in _words(generator)]
+
+
+def link_words(generator: Generator) -> list[Example]:
+    """`almost, legend` -> `almost and legend`."""
+    return [Example(f"{a}, {b}", f"{a} and {b}") for a, b in _pairs(generator)]
+
+
+def _words(generator: Generator) -> list[str]:
+    pool = words("anchor")
+    return [pool[int(index)] for index in generator.permutation(len(pool))]
+
+
+def _pairs(generator: Generator) -> list[tuple[str, str]]:
+    everything = list(itertools.permutations(words("anchor"), 2))
+    chosen = generator.choice(len(everything), size=NUM_MADE, replace=False)
+    return [everything[int(index)] for index in chosen]

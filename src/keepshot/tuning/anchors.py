@@ -1,0 +1,160 @@
+"""Few-shot prompts of anchor tasks, and what the untuned model says to them, computed once.
+
+The list of worked examples is what protects few-shot ability, not what is in it, so a few simple
+tasks serve. Caching the untuned model's probabilities means that no second model is held in memory
+and that a step of the KL term costs one forward and backward pass of a few short prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from keepshot.errors import ConfigError
+from keepshot.models.loading import LanguageModel
+from keepshot.prompts import Example
+from keepshot.tasks.task import Task
+from keepshot.tuning.batch import Sample, pad, read_logits
+from keepshot.tuning.data import encode_demonstrations, slide_few_shot
+from keepshot.tuning.recipe import KL, Mix
+from keepshot.tuning.terms import Direction, kl_divergence
+
+
+@dataclass(frozen=True)
+class AnchorPool:
+    """Prompts in batches of similar length, with the untuned model's log-probabilities."""
+
+    batches: tuple[tuple[Sample, ...], ...]
+    log_probs: tuple[Tensor, ...]
+    """For each batch, (N, V) in float16, in the order of its samples' read positions."""
+
+    def at(self, step: int, seed: int) -> int:
+        """Return the number of the batch for a step: all of them in turn, shuffled each time."""
+        turn, place = divmod(step, len(self.batches))
+        return int(np.random.default_rng([seed, turn]).permutation(len(self.batches))[place])
+
+
+@dataclass(frozen=True)
+class AnchorKL:
+    """The KL term of one training run: call it with the model and the step."""
+
+    name: str
+    weight: float
+    pool: AnchorPool
+    direction: Direction
+    seed: int
+
+    def __call__(self, module: Any, step: int, head: Any) -> Tensor:
+        """Return the divergence from the untuned model on this step's prompts, a scalar."""
+        number = self.pool.at(step, self.seed)
+        padded = pad(self.pool.batches[number])
+        device = head.weight.device
+        logits_NV = read_logits(module, padded.ids_BT.to(device), padded.read_N.to(device), head)
+        mask_N = torch.ones(len(logits_NV), dtype=torch.bool, device=device)
+        teacher_NV = self.pool.log_probs[number].to(device)
+        return kl_divergence(logits_NV, teacher_NV, mask_N, self.direction)
+
+
+def draw_prompts(
+    model: LanguageModel, tasks: Sequence[Task], term: KL, *, max_length: int, seed: int
+) -> list[Sample]:
+    """Draw `term.prompts` lists of worked examples, the tasks in turn, with varied shot counts.
+
+    A prompt of k shots is k demonstrations and one more example. Where a task has too few examples,
+    or a prompt would be longer than `max_length` tokens, it gets fewer shots.
+
+    Raises:
+        ConfigError: if there is no task, or one of them cannot give a prompt of the fewest shots.
+    """
+    if not tasks:
+        raise ConfigError("the kl term has no anchor tasks; name some under `tasks`")
+    generator = np.random.default_rng([seed, 17])
+    fewest, most = term.shots
+    samples: list[Sample] = []
+    for number in range(term.prompts):
+        task = tasks[number % len(tasks)]
+        examples = _examples(task)
+        shots = min(int(generator.integers(fewest, most + 1)), len(examples) - 1)
+        order = generator.permutation(len(examples))
+        sample = None
+        while shots >= fewest:
+            shown = [examples[int(index)] for index in order[: shots + 1]]
+            sample = encode_demonstrations(model, task.template, shown, term.positions)
+            if len(sample) <= max_length:
+                break
+            sample, shots = None, shots - 1
+        if sample is None:
+            raise ConfigError(
+                f"anchor task {task.name!r} gives no prompt of {fewest} demonstrations within "
+                f"{max_length} tokens; lower `shots`, or take another task"
+            )
+        samples.append(sample)
+    return samples
+
+
+def cache_teacher(
+    model: LanguageModel, samples: Sequence[Sample], term: KL, *, head: Any
+) -> AnchorPool:
+    """Batch the prompts by length and compute the untuned model's log-probabilities on them.
+
+    As many prompts are kept as fit `term.cache_mb`, at least one batch.
+    """
+    kept = _within(samples, budget=term.cache_mb * 2**20, bytes_each=2 * _vocabulary(head))
+    size = term.prompts_per_step
+    kept = kept[: max(size, len(kept) // size * size)]
+    ordered = sorted(kept, key=len)
+    batches = tuple(tuple(ordered[i : i + size]) for i in range(0, len(ordered), size))
+    log_probs: list[Tensor] = []
+    with torch.no_grad():
+        for batch in batches:
+            padded = pad(batch)
+            device = head.weight.device
+            logits_NV = read_logits(
+                model.module, padded.ids_BT.to(device), padded.read_N.to(device), head
+            )
+            log_probs.append(functional.log_softmax(logits_NV.float(), dim=-1).half().cpu())
+    return AnchorPool(batches, tuple(log_probs))
+
+
+def few_shot_samples(
+    model: LanguageModel, tasks: Sequence[Task], term: Mix, *, max_length: int, seed: int
+) -> list[Sample]:
+    """Build the ICL-format samples of a `mix` term from anchor tasks.
+
+    Raises:
+        ConfigError: if there is no task, or none of the samples is within `max_length` tokens.
+        TaskError: if a task has too few examples.
+    """
+    if not tasks:
+        raise ConfigError("the mix term has no anchor tasks; name some under `tasks`")
+    generator = np.random.default_rng([seed, 18])
+    samples = [
+        sample
+        for task in tasks
+        for sample in slide_few_shot(model, task.template, _examples(task), term.shots, generator)
+        if len(sample.ids) <= max_length
+    ]
+    if not samples:
+        raise ConfigError(
+            f"mix: no sample of {term.shots} shots is within {max_length} tokens; lower `shots`"
+        )
+    return samples
+
+
+def _examples(task: Task) -> tuple[Example, ...]:
+    return task.train + task.demonstrations
+
+
+def _vocabulary(head: Any) -> int:
+    return int(head.weight.shape[0])
+
+
+def _within(samples: Sequence[Sample], *, budget: int, bytes_each: int) -> list[Sample]:
+    totals = np.cumsum([len(sample.read) * bytes_each for sample in samples])
+    return list(samples[: max(1, int(np.searchsorted(totals, budget, side="right")))])

@@ -1,0 +1,218 @@
+r"""Rows become tokenised samples: a prompt with its answer, a conversation, or free text.
+
+`{input, output}` rows are rendered by a `Template` and tokenised as they are when measured; the
+answer ends in a newline, and only the answer is learned. Nothing is ever cut. Knows nothing of
+methods and losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, assert_never
+
+import numpy as np
+
+from keepshot.errors import TaskError
+from keepshot.models.loading import LanguageModel
+from keepshot.prompts import Example, Template
+from keepshot.tasks.source import Message, MessagesRow, PromptRow, Row, TextRow
+from keepshot.tuning.batch import Sample
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The samples of a data set, and how many rows were too long and left out."""
+
+    samples: tuple[Sample, ...]
+    num_dropped: int
+
+
+def encode_rows(
+    model: LanguageModel,
+    rows: Sequence[Row],
+    *,
+    template: Template,
+    max_length: int,
+    long_rows: Literal["error", "drop"],
+) -> Encoded:
+    """Tokenise rows of any form.
+
+    Raises:
+        TaskError: if there is no row, if one is longer than `max_length` tokens and `long_rows` is
+            `error`, if all are, or if a conversation does not fit the chat template.
+    """
+    if not rows:
+        raise TaskError("there is no row to tune on; give a file or a task with examples")
+    samples: list[Sample] = []
+    num_dropped = 0
+    for number, row in enumerate(rows, start=1):
+        sample = encode_row(model, row, template, where=f"row {number}")
+        if len(sample.ids) <= max_length:
+            samples.append(sample)
+            continue
+        if long_rows == "error":
+            raise TaskError(
+                f"row {number} has {len(sample.ids)} tokens, more than max_length {max_length}; "
+                "raise max_length (up to the model's context), or set long_rows=drop to leave "
+                "such rows out"
+            )
+        num_dropped += 1
+    if not samples:
+        raise TaskError(f"all {num_dropped} rows have more tokens than max_length {max_length}")
+    return Encoded(tuple(samples), num_dropped)
+
+
+def encode_row(model: LanguageModel, row: Row, template: Template, *, where: str) -> Sample:
+    """Tokenise one row; `where` names it in error messages.
+
+    Raises:
+        TaskError: if nothing in the row can be learned, or it does not fit the chat template.
+    """
+    match row:
+        case Example():
+            return encode_few_shot(model, template, [], row)
+        case PromptRow(prompt, completion):
+            return _encode_answer(model, prompt, completion)
+        case MessagesRow(messages):
+            return _encode_conversation(model, messages, where)
+        case TextRow(text):
+            ids = (*model.encode(text), *_end_of_text(model))
+            if len(ids) < 2:
+                raise TaskError(f"{where}: text {text!r} is one token; there is nothing to predict")
+            return Sample(ids, tuple(range(len(ids) - 1)))
+        case _:
+            assert_never(row)
+
+
+def encode_few_shot(
+    model: LanguageModel, template: Template, demonstrations: Sequence[Example], query: Example
+) -> Sample:
+    """Tokenise demonstrations and a query; only the query's answer and its end are learned."""
+    context = template.context(demonstrations, query)
+    return _encode_answer(model, context, template.continuation(query.output))
+
+
+def encode_demonstrations(
+    model: LanguageModel,
+    template: Template,
+    shown: Sequence[Example],
+    positions: Literal["answers", "all"],
+) -> Sample:
+    """Tokenise a list of worked examples, to be read at the tokens of every answer and its end.
+
+    The spans are found as answers are split off when measured: by the length of what precedes
+    them, tokenised alone.
+
+    Args:
+        model: whose tokenizer is used.
+        template: how the examples are written.
+        shown: the worked examples.
+        positions: `all` reads every position instead.
+    """
+    ids = model.encode(template.shared_prefix(shown))
+    if positions == "all":
+        return Sample(tuple(ids), tuple(range(len(ids) - 1)))
+    read: set[int] = set()
+    for index, example in enumerate(shown):
+        question = template.context(shown[:index], example)
+        answered = question + template.continuation(example.output)
+        start, end = len(model.encode(question)), len(model.encode(answered))
+        # Token j is predicted at position j - 1; token `end` opens the separator.
+        read.update(range(max(start - 1, 0), min(end, len(ids) - 1)))
+    return Sample(tuple(ids), tuple(sorted(read)))
+
+
+def slide_few_shot(
+    model: LanguageModel,
+    template: Template,
+    examples: Sequence[Example],
+    shots: int,
+    generator: np.random.Generator,
+) -> list[Sample]:
+    """Build few-shot samples by sliding a window over shuffled examples: `shots`, then a query.
+
+    Every example is the query once.
+
+    Raises:
+        TaskError: if there are no more examples than shots.
+    """
+    if len(examples) <= shots:
+        raise TaskError(
+            f"{len(examples)} examples are too few for prompts of {shots} demonstrations "
+            "and a query; lower `shots`, or give more"
+        )
+    shuffled = [examples[int(index)] for index in generator.permutation(len(examples))]
+    wrapped = shuffled + shuffled[:shots]
+    return [
+        encode_few_shot(model, template, wrapped[i : i + shots], wrapped[i + shots])
+        for i in range(len(shuffled))
+    ]
+
+
+def hold_out(rows: Sequence[T], *, share: float, seed: int) -> tuple[list[T], list[T]]:
+    """Split rows into those to train on and at least one held out, both in their old order.
+
+    Raises:
+        TaskError: if there are fewer than two rows.
+    """
+    if len(rows) < 2:
+        raise TaskError(f"{len(rows)} row is too few to tune on and keep one for validation")
+    count = max(1, round(share * len(rows)))
+    held = set(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
+    train = [row for index, row in enumerate(rows) if index not in held]
+    return train, [row for index, row in enumerate(rows) if index in held]
+
+
+def _encode_answer(model: LanguageModel, context: str, completion: str) -> Sample:
+    ended = completion if completion.endswith("\n") else completion + "\n"
+    before, answer = model.encode_pair(context, ended)
+    start = max(len(before), 1)
+    ids = (*before, *answer)
+    return Sample(ids, tuple(range(start - 1, len(ids) - 1)))
+
+
+def _encode_conversation(model: LanguageModel, messages: Sequence[Message], where: str) -> Sample:
+    """Render with the chat template; the assistant's turns are what follows their openings."""
+    tokenizer: Any = model.tokenizer
+    if tokenizer.chat_template is None:
+        raise TaskError(
+            f"{where}: holds messages, but the tokenizer of {model.reference!r} has no chat "
+            "template; give prompt and completion instead, or take an instruct model"
+        )
+
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+
+    def render(count: int, *, opened: bool) -> str:
+        return tokenizer.apply_chat_template(
+            turns[:count], tokenize=False, add_generation_prompt=opened
+        )
+
+    # The template writes its own special tokens.
+    def tokenize(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    whole = render(len(turns), opened=False)
+    ids = tokenize(whole)
+    read: list[int] = []
+    for index, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        opening, turn = render(index, opened=True), render(index + 1, opened=False)
+        if not (whole.startswith(turn) and turn.startswith(opening)):
+            raise TaskError(
+                f"{where}: the chat template of {model.reference!r} rewrites earlier turns, so "
+                "the assistant's words cannot be told apart; give prompt and completion instead"
+            )
+        start, end = (len(tokenize(text)) for text in (opening, turn))
+        read.extend(range(start - 1, end - 1))
+    if not read:
+        raise TaskError(f"{where}: the assistant says nothing, so there is nothing to learn")
+    return Sample(tuple(ids), tuple(read))
+
+
+def _end_of_text(model: LanguageModel) -> tuple[int, ...]:
+    token: Any = model.tokenizer.eos_token_id
+    return () if token is None else (token,)

@@ -1,0 +1,291 @@
+"""The steps of one training run: transformers' Trainer with a loss of its own, and its guards.
+
+Everything the Trainer would write, print or report by itself is off. A loss that is not a number
+ends the run with the weights of the last good copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import tempfile
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from keepshot.errors import TrainingError
+from keepshot.models.conversion import quiet_transformers
+from keepshot.progress import Progress
+from keepshot.tuning.batch import Padded, Sample, group, pad, read_logits
+from keepshot.tuning.methods import Prepared, training
+from keepshot.tuning.recipe import Recipe
+from keepshot.tuning.terms import next_token
+
+TRAINED_FILE = "trained.safetensors"
+GOOD_EVERY = 10
+"""Steps between copies of the weights that a failed run falls back on."""
+
+
+class StepTerm(Protocol):
+    """A keep term of one run."""
+
+    @property
+    def name(self) -> str:
+        """Its name in records."""
+        ...
+
+    @property
+    def weight(self) -> float:
+        """Its factor in the loss."""
+        ...
+
+    def __call__(self, module: Any, step: int, head: Any) -> Tensor:
+        """Return its value at a step, a scalar."""
+        ...
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Everything that a run consists of."""
+
+    recipe: Recipe
+    """With learning rate and steps filled in."""
+    prepared: Prepared
+    samples: Sequence[Sample]
+    """Those of all steps, `batch_size` each, in order."""
+    terms: Sequence[StepTerm]
+    head: Any
+    state_dir: Path | None
+
+
+def run(loop: Loop, losses: list[dict[str, float]], progress: Progress) -> None:
+    """Train in place, appending one row a step to `losses`.
+
+    Raises:
+        TrainingError: if the loss or a weight is not a number, naming the step. The module then
+            has the weights of the last good copy, and `losses` ends where that was taken.
+    """
+    config = loop.prepared.module.config
+    use_cache = config.use_cache
+    with quiet_transformers(), training(loop.prepared), _state(loop) as place:
+        trainer = _KeepTrainer(loop, place, progress)
+        try:
+            trainer.train(resume_from_checkpoint=_last_state(place))
+            trainer.check_weights()
+        finally:
+            losses.extend(trainer.rows())
+            config.use_cache = use_cache
+
+
+class _Samples(Dataset[Sample]):
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._samples[index]
+
+
+class _KeepTrainer(Trainer):
+    """The loss over read positions with the keep terms added."""
+
+    def __init__(self, loop: Loop, place: Path, progress: Progress) -> None:
+        callback = _EachStep(self, progress)
+        super().__init__(
+            model=loop.prepared.module,
+            args=_arguments(loop, place),
+            train_dataset=_Samples(loop.samples),
+            data_collator=_collate,
+            callbacks=[callback],
+        )
+        self.remove_callback(PrinterCallback)
+        self.loop = loop
+        self.latest: dict[str, float] = {}
+        self._good: tuple[int, list[Tensor]] | None = None
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return cross-entropy over the batch's targets plus the weighted keep terms."""
+        step = self.state.global_step
+        parts: list[dict[str, Tensor]] = inputs["parts"]
+        logits_NV = torch.cat(
+            [read_logits(model, part["ids"], part["read"], self.loop.head) for part in parts]
+        )
+        loss = next_token(logits_NV, torch.cat([part["targets"] for part in parts]))
+        row = {"next_token": loss.item()}
+        for term in self.loop.terms:
+            value = term(model, step, self.loop.head)
+            row[term.name] = value.item()
+            loss = loss + term.weight * value
+        self.latest = {"step": step + 1, "loss": loss.item(), **row}
+        if not math.isfinite(self.latest["loss"]):
+            self._fail(f"the loss is {self.latest['loss']} at step {step + 1}")
+        if step % GOOD_EVERY == 0:
+            self._good = (step, [p.detach().clone() for p in self._trained()])
+        return loss
+
+    def check_weights(self) -> None:
+        """Check what the last step left, which no loss has seen."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self._trained()):
+            self._fail(f"a weight is not a number after step {self.state.global_step}")
+
+    def rows(self) -> list[dict[str, float]]:
+        """Return one row a step, those before a resume included."""
+        history: list[dict[str, Any]] = self.state.log_history
+        return [row["keepshot"] for row in history if "keepshot" in row]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what trains into a resume state, and nothing else: no pickled arguments."""
+        assert output_dir is not None
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        trained = {name: p.detach().contiguous() for name, p in self._named()}
+        save_file(trained, Path(output_dir) / TRAINED_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        # The Trainer's own would look up weights under the names that save_pretrained gives them,
+        # which for some families are not those of the live module, and go on without.
+        trained = load_file(Path(resume_from_checkpoint) / TRAINED_FILE)
+        with torch.no_grad():
+            for name, parameter in self._named():
+                parameter.copy_(trained[name])
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Count nothing: the Trainer's estimate does not know these inputs."""
+        return 0
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Leave partly trained parameters to `_decay_trained_part`."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if name not in self.loop.prepared.masks]
+
+    def create_optimizer(self, model: Any = None) -> Optimizer:
+        """Create AdamW, with weight decay of partly trained parameters held to that part."""
+        optimizer = super().create_optimizer(model)
+        if self.loop.recipe.weight_decay > 0.0:
+            optimizer.register_step_pre_hook(self._decay_trained_part)
+        return optimizer
+
+    def _decay_trained_part(self, optimizer: Optimizer, *_: Any) -> None:
+        rate = optimizer.param_groups[0]["lr"] * self.loop.recipe.weight_decay
+        prepared = self.loop.prepared
+        with torch.no_grad():
+            for name, mask in prepared.masks.items():
+                prepared.parameters[name].mul_(1.0 - rate * mask)
+
+    def _trained(self) -> list[Tensor]:
+        return list(self.loop.prepared.parameters.values())
+
+    def _named(self) -> list[tuple[str, Tensor]]:
+        return list(self.loop.prepared.parameters.items())
+
+    def _fail(self, what: str) -> None:
+        rate = self.loop.recipe.learning_rate
+        good, weights = self._good or (0, [])
+        with torch.no_grad():
+            for parameter, weight in zip(self._trained(), weights, strict=False):
+                parameter.copy_(weight)
+        kept = f"the weights after step {good} are kept" if good else "no step is kept"
+        history = self.state.log_history
+        self.state.log_history = [row for row in history if row.get("step", 0) <= good]
+        raise TrainingError(f"{what}; {kept}; lower learning_rate (now {rate:g}) or raise warmup")
+
+
+class _EachStep(TrainerCallback):
+    def __init__(self, trainer: _KeepTrainer, progress: Progress) -> None:
+        self._trainer = trainer
+        self._progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        latest = self._trainer.latest
+        # The Trainer keeps this list in its resume state.
+        state.log_history.append({"step": state.global_step, "keepshot": latest})
+        detail = f"loss {latest['loss']:.3f}"
+        self._progress.update(state.global_step, state.max_steps, detail)
+
+
+def _collate(samples: Sequence[Sample]) -> dict[str, Any]:
+    return {"parts": [_tensors(pad(part)) for part in group(samples)]}
+
+
+def _tensors(padded: Padded) -> dict[str, Tensor]:
+    return {"ids": padded.ids_BT, "read": padded.read_N, "targets": padded.targets_N}
+
+
+def _arguments(loop: Loop, place: Path) -> TrainingArguments:
+    recipe = loop.recipe
+    assert recipe.steps is not None
+    assert recipe.learning_rate is not None
+    schedulers = {
+        "constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"
+    }  # fmt: skip
+    return TrainingArguments(
+        output_dir=str(place),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=schedulers[recipe.scheduler],
+        warmup_steps=math.ceil(recipe.warmup * recipe.steps),
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        optim="adamw_torch",
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=False,
+        use_cpu=next(loop.prepared.module.parameters()).device.type == "cpu",
+        seed=recipe.seed,
+        save_strategy="no" if loop.state_dir is None else "steps",
+        save_steps=recipe.save_every,
+        save_total_limit=1,
+        eval_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        report_to=[],
+    )
+
+
+@contextlib.contextmanager
+def _state(loop: Loop) -> Generator[Path]:
+    """Yield the directory of resume states, which is gone once the run has ended by itself."""
+    if loop.state_dir is None:
+        with tempfile.TemporaryDirectory(prefix="keepshot-") as name:
+            yield Path(name)
+        return
+    place = loop.state_dir
+    mark = place / "recipe"
+    if place.exists() and not (mark.exists() and mark.read_text() == loop.recipe.fingerprint()):
+        shutil.rmtree(place)
+    place.mkdir(parents=True, exist_ok=True)
+    mark.write_text(loop.recipe.fingerprint(), encoding="utf-8")
+    try:
+        yield place
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _last_state(place: Path) -> str | None:
+    """Return the newest complete state: the Trainer writes `trainer_state.json` last."""
+    states = [path.parent for path in place.glob("checkpoint-*/trainer_state.json")]
+    newest = max(states, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return None if newest is None else str(newest)

@@ -1,0 +1,187 @@
+"""Rows become samples: what is learned, what is refused, how batches are made."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from keepshot.errors import TaskError
+from keepshot.models.loading import LanguageModel
+from keepshot.prompts import VERBATIM, Example, Template
+from keepshot.tasks.source import Message, MessagesRow, PromptRow, Row, TextRow
+from keepshot.tuning.batch import Sample, Source, fingerprint, group, pad, read_logits, schedule
+from keepshot.tuning.data import (
+    encode_demonstrations,
+    encode_few_shot,
+    encode_row,
+    encode_rows,
+    hold_out,
+    slide_few_shot,
+)
+
+TEMPLATE = Template()
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+SHOWN = [Example("one", "ONE"), Example("two", "TWO"), Example("six", "SIX")]
+
+
+@pytest.fixture(params=["llama", "gemma3"])
+def model(request: pytest.FixtureRequest, pico_models: dict[str, LanguageModel]) -> LanguageModel:
+    """Without a BOS token (llama), and with one (gemma3)."""
+    return pico_models[request.param]
+
+
+def encode(model: LanguageModel, row: Row) -> Sample:
+    return encode_row(model, row, TEMPLATE, where="row 1")
+
+
+def learned(model: LanguageModel, sample: Sample) -> str:
+    return model.decode(sample.targets)
+
+
+def test_an_example_is_learned_from_the_answer_to_its_newline(model: LanguageModel):
+    sample = encode(model, Example("Peru", "Lima"))
+    assert model.decode(sample.ids) == "Q: Peru\nA: Lima\n"
+    assert learned(model, sample) == " Lima\n"
+    context, answer = model.encode_pair("Q: Peru\nA:", " Lima\n")
+    assert list(sample.ids) == context + answer
+    assert len(sample.read) == len(answer)
+
+
+def test_a_prompt_row_is_joined_as_it_is(model: LanguageModel):
+    sample = encode(model, PromptRow("2+2=", "4"))
+    assert (model.decode(sample.ids), learned(model, sample)) == ("2+2=4\n", "4\n")
+    again = encode_few_shot(model, VERBATIM, [], Example("2+2=", "4\n"))
+    assert again == sample
+
+
+def test_all_of_a_free_text_is_learned_and_its_end(model: LanguageModel):
+    sample = encode(model, TextRow("abc"))
+    assert sample.ids[-1] == model.tokenizer.eos_token_id
+    assert sample.read == tuple(range(len(sample.ids) - 1))
+
+
+def test_only_the_assistants_turns_are_learned(model: LanguageModel, monkeypatch):
+    monkeypatch.setattr(model.tokenizer, "chat_template", CHAT)
+    turns = ("user", "hi"), ("assistant", "Hello."), ("user", "bye"), ("assistant", "See you.")
+    sample = encode(model, MessagesRow(tuple(Message(*turn) for turn in turns)))
+    assert model.decode(sample.ids) == (
+        "<user>hi\n<assistant>Hello.\n<user>bye\n<assistant>See you.\n"
+    )
+    assert learned(model, sample) == "Hello.\nSee you.\n"
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(model: LanguageModel, monkeypatch):
+    monkeypatch.setattr(model.tokenizer, "chat_template", "{{ messages|length }}" + CHAT)
+    row = MessagesRow((Message("user", "hi"), Message("assistant", "Hello.")))
+    with pytest.raises(TaskError, match=r"row 1: the chat template of 'pico-.*' rewrites"):
+        encode(model, row)
+
+
+def test_messages_without_a_chat_template_say_what_to_do(model: LanguageModel):
+    row = MessagesRow((Message("user", "hi"), Message("assistant", "Hello.")))
+    with pytest.raises(TaskError, match="has no chat template; give prompt and completion"):
+        encode(model, row)
+
+
+def test_few_shot_samples_learn_the_last_answer_only(model: LanguageModel):
+    sample = encode_few_shot(model, TEMPLATE, SHOWN[:2], SHOWN[2])
+    assert model.decode(sample.ids) == "Q: one\nA: ONE\n\nQ: two\nA: TWO\n\nQ: six\nA: SIX\n"
+    assert learned(model, sample) == " SIX\n"
+
+
+def test_demonstrations_are_read_at_every_answer_and_its_end(model: LanguageModel):
+    sample = encode_demonstrations(model, TEMPLATE, SHOWN, "answers")
+    assert learned(model, sample) == " ONE\n TWO\n SIX\n"
+    everything = encode_demonstrations(model, TEMPLATE, SHOWN, "all")
+    assert len(everything.read) == len(everything.ids) - 1
+
+
+def test_sliding_makes_every_example_the_query_once(model: LanguageModel):
+    examples = [Example(word, word.upper()) for word in ("one", "two", "six", "ten", "zero")]
+    samples = slide_few_shot(model, TEMPLATE, examples, 3, np.random.default_rng(0))
+    answers = sorted(learned(model, sample) for sample in samples)
+    assert answers == sorted(f" {example.output}\n" for example in examples)
+    for sample in samples:
+        text = model.decode(sample.ids)
+        assert text.count("Q: ") == len(set(text.split("\n\n"))) == 4
+    with pytest.raises(TaskError, match="3 examples are too few"):
+        slide_few_shot(model, TEMPLATE, examples[:3], 3, np.random.default_rng(0))
+
+
+def test_long_rows_are_an_error_or_counted_but_never_cut(model: LanguageModel):
+    rows = [Example("short", "yes"), Example("long " * 10, "no")]
+    with pytest.raises(TaskError, match=r"row 2 has \d+ tokens, more than max_length 30"):
+        encode_rows(model, rows, template=TEMPLATE, max_length=30, long_rows="error")
+    encoded = encode_rows(model, rows, template=TEMPLATE, max_length=30, long_rows="drop")
+    assert (len(encoded.samples), encoded.num_dropped) == (1, 1)
+    assert encoded.samples[0] == encode(model, rows[0])
+    with pytest.raises(TaskError, match="all 2 rows have more tokens than max_length 3"):
+        encode_rows(model, rows, template=TEMPLATE, max_length=3, long_rows="drop")
+    with pytest.raises(TaskError, match="there is no row to tune on"):
+        encode_rows(model, [], template=TEMPLATE, max_length=30, long_rows="drop")
+
+
+def test_hold_out_is_seeded_and_keeps_every_row_once():
+    rows = list(range(40))
+    train, held = hold_out(rows, share=0.1, seed=3)
+    assert sorted(train + held) == rows
+    assert len(held) == 4
+    assert (train, held) == hold_out(rows, share=0.1, seed=3) != hold_out(rows, share=0.1, seed=4)
+    assert len(hold_out([1, 2], share=0.1, seed=0)[1]) == 1
+    with pytest.raises(TaskError, match="1 row is too few"):
+        hold_out([1], share=0.1, seed=0)
+
+
+def sample_of(length: int, read: int = 1) -> Sample:
+    ids = tuple(3 + number % 50 for number in range(length + 1))
+    return Sample(ids, tuple(range(length - read, length)))
+
+
+def test_groups_keep_every_sample_and_spare_padding():
+    samples = [sample_of(length) for length in (10, 12, 200, 11, 190, 9)]
+    parts = group(samples)
+    assert [len(part) for part in parts] == [4, 2]
+    assert sorted(len(s) for part in parts for s in part) == [9, 10, 11, 12, 190, 200]
+    assert group(samples[:2]) == [sorted(samples[:2], key=len)]
+
+
+def test_padding_does_not_change_what_is_read(pico_models: dict[str, LanguageModel]):
+    samples = [sample_of(5, 2), sample_of(23, 4), sample_of(14, 1)]
+    for family, model in pico_models.items():
+        head = model.module.get_output_embeddings()
+        padded = pad(samples)
+        assert padded.targets_N.tolist() == [token for s in samples for token in s.targets]
+        with torch.no_grad():
+            together = read_logits(model.module, padded.ids_BT, padded.read_N, head)
+            alone = [
+                model.module(input_ids=torch.tensor([s.ids])).logits[0, list(s.read)]
+                for s in samples
+            ]
+        assert together.shape == (7, model.module.config.vocab_size), family
+        assert torch.allclose(together, torch.cat(alone), atol=2e-5), family
+
+
+def test_a_schedule_goes_through_everything_before_repeating():
+    targets = tuple(sample_of(length) for length in range(2, 26))
+    others = tuple(sample_of(length) for length in range(100, 104))
+    drawn = schedule([Source(targets, 6), Source(others, 2)], steps=8, seed=1)
+    assert len(drawn) == 8 * 8
+    batches = [drawn[start : start + 8] for start in range(0, 64, 8)]
+    assert all(sum(len(s) >= 100 for s in batch) == 2 for batch in batches)
+    assert set(Counter(len(s) for s in drawn if len(s) < 100).values()) == {2}
+    assert set(Counter(len(s) for s in drawn if len(s) >= 100).values()) == {4}
+    assert drawn == schedule([Source(targets, 6), Source(others, 2)], steps=8, seed=1)
+    assert drawn != schedule([Source(targets, 6), Source(others, 2)], steps=8, seed=2)
+
+
+def test_the_fingerprint_sees_tokens_and_what_is_learned():
+    sample = sample_of(8, 2)
+    assert fingerprint([sample]) == fingerprint([sample_of(8, 2)])
+    assert fingerprint([sample]) != fingerprint([sample_of(8, 3)])
+    assert fingerprint([sample]) != fingerprint([Sample((9, *sample.ids[1:]), sample.read)])

@@ -1,0 +1,221 @@
+"""The jobs end to end through the command line, on a pico model in a directory of its own.
+
+What a random model answers means nothing; that the parts fit, the records hold the contract, and
+an interrupted run ends like an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from keepshot import cli, exits
+from keepshot.models.loading import LanguageModel, save
+from keepshot.records import ResultDocument
+
+RECIPE: dict[str, Any] = {
+    "name": "tiny",
+    "model": "base",
+    "data": "colours.jsonl",
+    "measure": {"tasks": ["addition", "date-format"], "shots": [0, 2], "seeds": 2, "limit": 6},
+    "arms": {
+        "plain": {"method": {"name": "full"}, "learning_rate": 1e-2, "steps": 3, "batch_size": 4},
+        "gentle": {"method": {"name": "full"}, "learning_rate": 1e-4, "steps": 3, "batch_size": 4},
+        "kept": {
+            "method": {"name": "lora", "rank": 2},
+            "keep": [{"name": "kl", "prompts": 6, "prompts_per_step": 2, "shots": [1, 2]}],
+            "learning_rate": 1e-3,
+            "steps": 3,
+            "batch_size": 4,
+        },
+    },
+    "blended": {"lambdas": [0.5, 1.0], "pick": "keep-target:0.5", "limit": 4},
+}
+
+
+def status(*arguments: str) -> int:
+    return exits.status(lambda: cli.app(list(arguments), standalone_mode=False))
+
+
+@pytest.fixture
+def workplace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_pico: Callable[..., LanguageModel]
+) -> Path:
+    """A directory with two pico models, an examples file and a recipe."""
+    monkeypatch.chdir(tmp_path)
+    save(fresh_pico("llama", seed=0), tmp_path / "base")
+    save(fresh_pico("llama", seed=1), tmp_path / "other")
+    names = ["red", "green", "blue"]
+    rows = [
+        {"input": f"thing {number}", "output": names[number % 3], "choices": names}
+        for number in range(60)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "colours.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
+    return tmp_path
+
+
+def test_measure_prints_the_result_document(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--tasks", "addition,colours.jsonl", "--shots", "0,2", "--seeds", "2"]
+    assert status("measure", "base", "other", *arguments, "--limit", "5", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["schema"] == 1
+    assert [model["reference"] for model in document["models"]] == ["base", "other"]
+    rows = {(s["model"], s["task"], s["shots"], s["seed"]): s for s in document["scores"]}
+    # zero shots need one draw, two shots have two: 3 rows per model and task
+    assert len(rows) == 2 * 2 * 3
+    colours = rows["other", "colours.jsonl", 2, 1]
+    assert colours["metric"] == "accuracy"
+    assert colours["chance"] == pytest.approx(1 / 3)
+    assert colours["num_items"] == 5
+    assert rows["base", "addition", 0, 0]["metric"] == "exact_match"
+    assert {(s["arm"], s["shots"]) for s in document["summary"]} == {
+        (arm, shots) for arm in ("base", "other") for shots in (0, 2)
+    }
+    assert document["cost"]["tokens_prefilled"] < document["cost"]["tokens_naive"]
+
+
+def test_the_same_question_twice_gets_the_same_answer(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    documents: list[dict[str, Any]] = []
+    for _ in range(2):
+        status("measure", "base", "--tasks", "addition", "--limit", "5", "--json")
+        documents.append(json.loads(capsys.readouterr().out))
+    assert documents[0]["scores"] == documents[1]["scores"]
+
+
+@pytest.fixture
+def finished_run(workplace: Path) -> Path:
+    assert status("run", "recipe.yaml", "--out", "out") == 0
+    return workplace / "out"
+
+
+def test_run_writes_the_run_directory(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {path.name for path in finished_run.iterdir()}
+    assert {
+        "spec.yaml", "environment.json", "results.json", "items.parquet", "report.html",
+        "figures", "adapter", "model",
+    } == names  # fmt: skip
+    assert not list(finished_run.parent.glob(".out*"))
+    document = ResultDocument.read(finished_run)
+    arms = ["before", "plain", "gentle", "kept", "blended"]
+    assert list(dict.fromkeys(row.arm for row in document.summary)) == arms
+    assert len({row.target for row in document.summary if row.arm == "kept"}) == 1
+    assert [point.lam for point in document.path] == [0.0, 0.5, 1.0]
+    assert [record.arm for record in document.training] == ["plain", "gentle", "kept"]
+    hashes = {model.reference: model.sha256 for model in document.models}
+    assert len(hashes) == 5
+    tuned = [hashes[f"base, {arm}"] for arm in ("plain", "gentle", "kept")]
+    assert len({hashes["base"], *tuned}) == 4
+
+    capsys.readouterr()
+    assert status("verify", "out") == 0
+    assert status("report", "out", "out", "--out", "both") == 0
+    assert Path("both").is_dir()
+    capsys.readouterr()
+    assert (
+        status("query", "select count(*) as n from items where arm = 'kept'", "out", "--json") == 0
+    )
+    # 2 tasks x 6 items x (1 draw at 0 shots + 2 at 2 shots), and 12 target items
+    assert json.loads(capsys.readouterr().out) == [{"n": 2 * 6 * 3 + 12}]
+    assert status("measure", "base", "out", "--tasks", "addition", "--limit", "3", "--json") == 0
+
+    assert status("run", "recipe.yaml", "--out", "out") == 2
+    assert "already exists; add --overwrite" in capsys.readouterr().err
+
+
+def test_a_gate_that_does_not_hold_leaves_with_3(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--tasks", "colours.jsonl", "--shots", "2", "--limit", "30", "--json"]
+    code = status("measure", "base", "other", *arguments, "--require-retention", "99")
+    assert code == 3
+    assert "retention" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(workplace: Path) -> None:
+    command = [sys.executable, "-m", "keepshot", "run", "recipe.yaml", "--out"]
+    subprocess.run([*command, "whole"], check=True, capture_output=True)
+    process = subprocess.Popen([*command, "out"], stderr=subprocess.PIPE, text=True)
+    parts = workplace / ".out.unfinished" / "parts"
+    deadline = time.monotonic() + 120
+    while not (parts / "plain.parquet").exists():
+        assert process.poll() is None, "it ended before it could be interrupted"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "goes on from what is finished" in errors
+    assert not (workplace / "out").exists()
+    kept_rows = (parts / "plain.parquet").stat().st_mtime_ns
+
+    changed = subprocess.run([*command, "out", "--seed", "1"], capture_output=True, text=True)
+    assert changed.returncode == 2
+    assert "unfinished work of other settings" in changed.stderr
+
+    resumed = subprocess.run([*command, "out"], capture_output=True, text=True, check=True)
+    assert "plain: tuning" not in resumed.stderr
+    whole, again = (ResultDocument.read(workplace / name) for name in ("whole", "out"))
+    assert kept_rows > 0
+    assert again.scores == whole.scores
+    assert again.summary == whole.summary
+    assert again.pick == whole.pick
+
+
+def test_tune_writes_an_adapter_that_measures(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ["--set", "steps=2"]
+    arguments = ["--model", "base", "--data", "colours.jsonl", "--keep", "none", "--out", "tuned"]
+    assert status("tune", *arguments, *sets) == 0
+    assert (workplace / "tuned" / "adapter" / "adapter_config.json").exists()
+    notes = ResultDocument.read(workplace / "tuned").notes
+    assert "on 54 rows, 2 steps" in notes[0]  # 10 % of 60 rows are held out
+    capsys.readouterr()
+    assert status("measure", "base", "tuned", "--tasks", "addition", "--limit", "3", "--json") == 0
+
+
+def test_blend_writes_one_point_and_sweeps_a_path(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status("blend", "base", "other", "--lambda", "0.4", "--out", "point") == 0
+    assert (workplace / "point" / "model" / "config.json").exists()
+    arguments = ["--tasks", "addition", "--shots", "2", "--limit", "4", "--seeds", "1"]
+    target = ["--target", "colours.jsonl", "--pick", "keep-target:0.1"]
+    assert (
+        status("blend", "base", "other", "--sweep", "0:1:0.5", *arguments, *target, "--out", "path")
+        == 0
+    )
+    document = ResultDocument.read(workplace / "path")
+    assert [point.lam for point in document.path] == [0.0, 0.5, 1.0]
+    assert document.pick is not None
+    assert {row.arm for row in document.summary} >= {"base", "other"}
+
+
+def test_a_directory_that_cannot_be_written_is_refused_before_work(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if os.geteuid() == 0:
+        place = "/proc/keepshot"
+    else:
+        (workplace / "locked").mkdir(mode=0o500)
+        place = "locked/out"
+    assert status("measure", "base", "--tasks", "addition", "--out", place) == 2
+    assert "choose another --out" in capsys.readouterr().err

@@ -1,0 +1,68 @@
+"""Specs of the commands, the shipped recipes, and the grid of lambdas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from keepshot.errors import ConfigError
+from keepshot.jobs.recipes import blend_spec, run_spec, shipped_recipe, tune_spec
+from keepshot.jobs.specs import parse_lambdas
+from keepshot.tuning.recipe import KL, Full, LoRA, find_term
+
+
+@pytest.mark.parametrize(
+    ("text", "lams"),
+    [
+        ("0:1:0.25", (0.0, 0.25, 0.5, 0.75, 1.0)),
+        ("0:1:0.1", tuple(i / 10 for i in range(11))),
+        ("0:1:0.4", (0.0, 0.4, 0.8, 1.0)),
+        ("1,0,.5,.5", (0.0, 0.5, 1.0)),
+        ("-0.2:0.2:0.2", (-0.2, 0.0, 0.2)),
+    ],
+)
+def test_lambdas_hold_both_ends_and_exact_decimals(text: str, lams: tuple[float, ...]) -> None:
+    assert parse_lambdas(text) == lams
+
+
+@pytest.mark.parametrize(
+    "text", ["0:1", "0:1:0", "1:0:0.1", "0:1:-1", "a:1:2", "", "0:1:1e-9", "nan,1"]
+)
+def test_other_grids_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--sweep"):
+        parse_lambdas(text)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(shipped_recipe("demo").parent.glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_every_shipped_recipe_fits_its_spec(path: Path) -> None:
+    spec = run_spec(path, {}, [])
+    assert {"plain", "gentle", "kept"} <= spec.arms.keys()
+    assert isinstance(spec.arms["plain"].method, Full)
+    assert isinstance(spec.arms["gentle"].method, Full)
+    assert spec.arms["gentle"].learning_rate < spec.arms["plain"].learning_rate  # type: ignore[operator]
+    assert find_term(spec.arms["kept"].keep, KL)
+
+
+def test_ones_own_model_and_data_reach_every_arm() -> None:
+    spec = run_spec(None, {"model": "org/name", "data": "my.jsonl", "seed": 3}, [])
+    assert spec.name == "run"
+    assert {(a.model, a.data, a.seed) for a in spec.arms.values()} == {("org/name", "my.jsonl", 3)}
+
+
+def test_tune_without_a_recipe_keeps_by_default() -> None:
+    recipe = tune_spec(None, {"data": "my.jsonl"}, {}, []).recipe
+    assert isinstance(recipe.method, LoRA)
+    assert find_term(recipe.keep, KL)
+    plain = tune_spec(None, {"data": "my.jsonl", "method": "full", "keep": "none"}, {}, []).recipe
+    assert isinstance(plain.method, Full)
+    assert plain.keep == ()
+
+
+def test_blend_wants_one_lambda_or_a_path() -> None:
+    with pytest.raises(ConfigError, match="either --lambda"):
+        blend_spec({"base": "a", "tuned": "b"}, [])
+    with pytest.raises(ConfigError, match="either --lambda"):
+        blend_spec({"base": "a", "tuned": "b", "lam": 0.5, "sweep": (0.0, 1.0)}, [])

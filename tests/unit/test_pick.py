@@ -1,0 +1,181 @@
+"""The rules on hand-made paths, and the strings they are read from."""
+
+from __future__ import annotations
+
+import pytest
+
+from keepshot.blending.pick import (
+    KeepTarget,
+    Knee,
+    Weighted,
+    check_rule,
+    parse_rule,
+    pick,
+)
+from keepshot.errors import ConfigError
+from keepshot.records import PathPoint
+
+# lambda: (few-shot score, target); the shape measured on a small model tuned hard.
+DAMAGED = {
+    0.0: (0.76, 0.00), 0.1: (0.78, 0.62), 0.2: (0.71, 0.94), 0.3: (0.64, 0.88),
+    0.5: (0.53, 1.00), 0.8: (0.30, 1.00), 1.0: (0.06, 1.00),
+}  # fmt: skip
+
+
+def path(
+    scores: dict[float, tuple[float, float | None]], retention: bool = True
+) -> list[PathPoint]:
+    base = scores[min(scores)][0]
+    return [
+        PathPoint.model_validate(
+            {
+                "lambda": lam,
+                "split": "validation",
+                "icl": icl,
+                "icl_ci95": (icl - 0.05, icl + 0.05),
+                "retention": icl / base if retention else None,
+                "retention_ci95": None,
+                "target": target,
+                "target_ci95": None,
+                "num_items": 100,
+            }
+        )
+        for lam, (icl, target) in scores.items()
+    ]
+
+
+@pytest.mark.parametrize(("share", "lam"), [(0.6, 0.1), (0.9, 0.2), (0.94, 0.2), (0.95, 0.5)])
+def test_keep_target_takes_the_best_few_shot_score_above_the_bar(share: float, lam: float) -> None:
+    record = pick(path(DAMAGED), KeepTarget(share=share))
+    assert record.lam == lam
+    assert record.rule == f"keep-target:{share:g}"
+    assert f"lambda {lam:g} has the best few-shot score" in record.reason
+
+
+def test_keep_target_says_how_many_qualified_and_the_score() -> None:
+    reason = pick(path(DAMAGED), KeepTarget()).reason
+    assert "0.710, retention 0.934" in reason
+    assert "among the 4 of 7 lambdas" in reason
+    assert "at least 0.900 (0.9 of the tuned model's 1.000); its own is 0.940" in reason
+
+
+def test_order_of_points_does_not_matter() -> None:
+    points = path(DAMAGED)
+    assert pick(points[::-1], KeepTarget()) == pick(points, KeepTarget())
+
+
+def test_keep_target_ties_go_to_the_larger_target_then_the_smaller_lambda() -> None:
+    scores = {0.0: (0.5, 0.0), 0.2: (0.4, 0.8), 0.4: (0.4, 0.85), 0.6: (0.4, 0.85), 1.0: (0.1, 0.8)}
+    assert pick(path(scores), KeepTarget()).lam == 0.4
+
+
+def test_a_share_that_is_met_exactly_counts() -> None:
+    scores = {0.0: (0.5, 0.0), 0.5: (0.4, 0.63), 1.0: (0.1, 0.7)}
+    assert pick(path(scores), KeepTarget(share=0.9)).lam == 0.5
+
+
+def test_no_lambda_does_this() -> None:
+    record = pick(path({0.0: (0.5, 0.1), 0.5: (0.4, 0.82), 1.0: (0.1, 0.8)}), KeepTarget(share=1.1))
+    assert record.lam is None
+    assert record.reason.startswith("no lambda does this")
+    assert "the best is 0.820 at lambda 0.5" in record.reason
+
+
+def test_a_tuned_model_that_scores_nothing_keeps_nothing() -> None:
+    scores = {0.0: (0.5, 0.0), 1.0: (0.1, 0.0)}
+    for rule in (KeepTarget(), Weighted()):
+        record = pick(path(scores), rule)
+        assert record.lam is None
+        assert "the tuned model scores 0 on the target" in record.reason
+
+
+def test_keep_target_extrapolates_if_asked_to() -> None:
+    scores = {0.0: (0.5, 0.0), 1.0: (0.3, 0.7), 1.2: (0.35, 0.7)}
+    assert pick(path(scores), KeepTarget()).lam == 1.2
+
+
+def test_knee_is_furthest_outside_the_line() -> None:
+    record = pick(path(DAMAGED), Knee())
+    assert record.lam == 0.2  # (.71-.06)/.70 + .94 - 1 = .869; at .1: .649; at .5: .671
+    assert "keeps 93% of the few-shot score that tuning lost" in record.reason
+    assert "94% of the target score that tuning gained" in record.reason
+
+
+def test_knee_of_a_straight_or_sagging_path_is_none() -> None:
+    for middle in ((0.5, 0.5), (0.4, 0.4)):
+        record = pick(path({0.0: (1.0, 0.0), 0.5: middle, 1.0: (0.0, 1.0)}), Knee())
+        assert record.lam is None
+        assert "nowhere beats the straight line" in record.reason
+
+
+@pytest.mark.parametrize(
+    ("tuned", "what"), [((0.2, 0.3), "raise the target"), ((0.6, 0.9), "lower the few-shot")]
+)
+def test_knee_without_a_trade_off_is_none(tuned: tuple[float, float], what: str) -> None:
+    record = pick(path({0.0: (0.5, 0.3), 0.5: (0.5, 0.4), 1.0: tuned}), Knee())
+    assert record.lam is None
+    assert what in record.reason
+
+
+@pytest.mark.parametrize(("weight", "lam"), [(0.01, 0.1), (1.0, 0.2), (2.0, 0.2), (20.0, 0.5)])
+def test_weighted_moves_towards_the_target_with_its_weight(weight: float, lam: float) -> None:
+    assert pick(path(DAMAGED), Weighted(weight=weight)).lam == lam
+
+
+def test_weighted_says_its_sum() -> None:
+    reason = pick(path(DAMAGED), Weighted(weight=2)).reason
+    assert "2 x 0.940 + 0.934 = 2.814" in reason
+
+
+def test_weighted_needs_retention() -> None:
+    record = pick(path(DAMAGED, retention=False), Weighted())
+    assert record.lam is None
+    assert "retention is not defined" in record.reason
+
+
+def test_keep_target_does_without_retention() -> None:
+    record = pick(path(DAMAGED, retention=False), KeepTarget())
+    assert record.lam == 0.2
+    assert "retention" not in record.reason
+
+
+@pytest.mark.parametrize("text", ["keep-target:0.9", "keep-target:0.75", "knee", "weighted:2"])
+def test_rules_are_read_and_written_alike(text: str) -> None:
+    assert str(parse_rule(text)) == text
+
+
+def test_default_numbers() -> None:
+    assert parse_rule("keep-target") == KeepTarget(share=0.9)
+    assert parse_rule("weighted") == Weighted(weight=1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("keep-taget:0.9", "pick rule 'keep-taget' is unknown; nearest is 'keep-target'; rules: "),
+        ("kneee", "nearest is 'knee'"),
+        ("best", "pick rule 'best' is unknown.*keep-target:0.9, knee, weighted:2"),
+        ("", "pick rule '' is unknown"),
+        ("knee:2", "knee takes no number; write 'knee'"),
+        ("keep-target:", "'' is not a number"),
+        ("keep-target:lots", "'lots' is not a number"),
+        ("keep-target:nan", "'nan' is not a number"),
+        ("keep-target:0", "`.*share` = 0.0: Input should be greater than 0"),
+        ("weighted:-1", "`.*weight` = -1.0"),
+    ],
+)
+def test_bad_rules_are_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_rule(text)
+
+
+def test_what_a_rule_needs_is_checked_before_measuring() -> None:
+    with pytest.raises(ConfigError, match="name one with --target"):
+        check_rule(Knee(), [0.0, 1.0], has_target=False)
+    with pytest.raises(ConfigError, match="the tuned model, but lambda 1 is not in the sweep"):
+        check_rule(KeepTarget(), [0.0, 0.5], has_target=True)
+    with pytest.raises(ConfigError, match="the base, but lambda 0 is not in the sweep"):
+        check_rule(Knee(), [0.5, 1.0], has_target=True)
+    check_rule(Weighted(), [0.5, 1.0], has_target=True)
+    with pytest.raises(ConfigError, match="name one with --target"):
+        pick(path({0.0: (0.5, None), 1.0: (0.5, None)}), KeepTarget())

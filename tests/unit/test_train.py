@@ -1,0 +1,286 @@
+"""Training on pico models: it learns, repeats, keeps, resumes, and stops when it must."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from keepshot.errors import ConfigError, TaskError, TrainingError
+from keepshot.models.loading import LanguageModel
+from keepshot.progress import Silent
+from keepshot.prompts import Example
+from keepshot.tasks.source import TextRow
+from keepshot.tasks.task import Task
+from keepshot.tuning import loop
+from keepshot.tuning.anchors import AnchorKL, cache_teacher, draw_prompts
+from keepshot.tuning.batch import pad, read_logits
+from keepshot.tuning.recipe import KL, Full, LoRA, Mix, Recipe, Term, ValueOnly
+from keepshot.tuning.terms import kl_divergence
+from keepshot.tuning.train import Extra, TuneRecord, train
+
+Build = Callable[..., LanguageModel]
+FRUIT = ["apple", "berry", "cherry", "date", "egg", "fig", "grape", "honey", "ice", "jam", "kiwi"]
+EXAMPLES = [Example(word, word[0].upper()) for word in FRUIT]
+WORDS = ["one", "two", "six", "ten", "red", "blue", "cat", "dog", "sun", "sky", "sea", "tree"]
+ANCHOR = Task(
+    "upper", "exact", 1, "words", "", tuple(Example(w, w.upper()) for w in WORDS), (), ()
+)  # fmt: skip
+
+
+def recipe(**settings: Any) -> Recipe:
+    defaults = {"data": "x", "steps": 12, "batch_size": 6, "learning_rate": 1e-2}
+    return Recipe(**{"method": Full(), **defaults, **settings})
+
+
+def tune(model: LanguageModel, **settings: Any) -> TuneRecord:
+    return train(recipe(**settings), model, EXAMPLES, None, anchors=[ANCHOR])
+
+
+def weights(model: LanguageModel) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.module.named_parameters()}
+
+
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(weight, second[name]) for name, weight in first.items()
+    )
+
+
+def divergence(model: LanguageModel, untuned: LanguageModel, term: KL, seed: int) -> float:
+    """KL(untuned || tuned) on anchor prompts of another seed than those trained with."""
+    padded = pad(draw_prompts(untuned, [ANCHOR], term, max_length=512, seed=seed))
+    with torch.no_grad():
+        student, teacher = (
+            read_logits(m.module, padded.ids_BT, padded.read_N, m.module.get_output_embeddings())
+            for m in (model, untuned)
+        )
+    everywhere = torch.ones(len(student), dtype=torch.bool)
+    return kl_divergence(student, teacher, everywhere, "forward").item()
+
+
+@pytest.mark.parametrize("method", [Full(), LoRA(rank=4), ValueOnly()], ids=lambda m: m.name)
+def test_the_loss_falls(method: Any, fresh_pico: Build):
+    record = tune(fresh_pico("llama"), method=method, steps=25)
+    first, last = record.losses[0], record.losses[-1]
+    assert last["loss"] < 0.75 * first["loss"]
+    assert [row["step"] for row in record.losses] == list(range(1, 26))
+
+
+def test_the_first_loss_is_the_mean_over_answer_tokens(fresh_pico: Build):
+    model = fresh_pico("llama")
+    expected: list[float] = []
+    for example in EXAMPLES:
+        before, answer = model.encode_pair(f"Q: {example.input}\nA:", f" {example.output}\n")
+        with torch.no_grad():
+            logits = model.module(input_ids=torch.tensor([before + answer])).logits[0]
+        chosen = logits.log_softmax(-1)[range(len(before) - 1, len(before + answer) - 1), answer]
+        expected += (-chosen).tolist()
+    record = tune(model, batch_size=len(EXAMPLES), steps=1)
+    assert record.losses[0]["loss"] == pytest.approx(sum(expected) / len(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("keep", [(), (KL(prompts=8), Mix())], ids=["plain", "kept"])
+@pytest.mark.parametrize("method", [Full(), LoRA(rank=2)], ids=lambda m: m.name)
+def test_the_same_seed_gives_the_same_bits(method: Any, keep: tuple[Term, ...], fresh_pico: Build):
+    models = [fresh_pico("llama"), fresh_pico("llama"), fresh_pico("llama")]
+    torch.manual_seed(1)
+    first = tune(models[0], method=method, keep=keep, steps=4)
+    torch.manual_seed(2)
+    again = tune(models[1], method=method, keep=keep, steps=4)
+    tune(models[2], method=method, keep=keep, steps=4, seed=1)
+    assert first.losses == again.losses
+    assert equal(weights(models[0]), weights(models[1]))
+    assert not equal(weights(models[0]), weights(models[2]))
+
+
+@pytest.mark.parametrize("method", [Full(), LoRA(rank=4)], ids=lambda m: m.name)
+def test_the_kl_term_holds_the_model_to_its_base(method: Any, fresh_pico: Build):
+    untuned, free, held = (fresh_pico("llama") for _ in range(3))
+    term = KL(prompts=24, weight=5.0)
+    plain = tune(free, method=method, steps=30)
+    kept = tune(held, method=method, steps=30, keep=(term,))
+    assert divergence(held, untuned, term, 9) < 0.5 * divergence(free, untuned, term, 9)
+    assert kept.losses[-1]["next_token"] < plain.losses[0]["next_token"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "falcon"])
+def test_kl_at_base_is_zero_up_to_the_caches_rounding(family: str, fresh_pico: Build):
+    model = fresh_pico(family)
+    head = model.module.get_output_embeddings()
+    term = KL(prompts=8)
+    prompts = draw_prompts(model, [ANCHOR], term, max_length=512, seed=0)
+    pool = cache_teacher(model, prompts, term, head=head)
+    assert {len(batch) for batch in pool.batches} == {4}
+    with torch.no_grad():
+        for step in range(4):
+            value = AnchorKL("kl", 5.0, pool, "forward", 0)(model.module, step, head)
+            assert abs(value.item()) < 1e-5
+
+
+def test_the_cache_limits_the_pool(fresh_pico: Build):
+    model = fresh_pico("llama")
+    head = model.module.get_output_embeddings()
+    prompts = draw_prompts(model, [ANCHOR], KL(prompts=400), max_length=512, seed=0)
+    pool = cache_teacher(model, prompts, KL(prompts=400, cache_mb=1), head=head)
+    sizes = [table.numel() * table.element_size() for table in pool.log_probs]
+    assert 0.8 * 2**20 < sum(sizes) <= 2**20
+
+
+def test_anchor_prompts_vary_in_shots_and_fit(fresh_pico: Build):
+    model = fresh_pico("llama")
+    term = KL(prompts=40, shots=(2, 8))
+    prompts = draw_prompts(model, [ANCHOR], term, max_length=512, seed=0)
+    shots = {model.decode(prompt.ids).count("Q: ") - 1 for prompt in prompts}
+    assert shots == set(range(2, 9))
+    short = draw_prompts(model, [ANCHOR], term, max_length=60, seed=0)
+    assert max(len(prompt) for prompt in short) <= 60
+    with pytest.raises(ConfigError, match="no prompt of 2 demonstrations within 20 tokens"):
+        draw_prompts(model, [ANCHOR], term, max_length=20, seed=0)
+
+
+class Breaking(AnchorKL):
+    """A term that is not a number from one step on."""
+
+    def __call__(self, module: Any, step: int, head: Any) -> Tensor:
+        value = super().__call__(module, step, head)
+        return value * math.nan if step >= 13 else value
+
+
+@pytest.mark.parametrize("method", [Full(), LoRA(rank=2)], ids=lambda m: m.name)
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_weights(
+    method: Any, fresh_pico: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("keepshot.tuning.train.AnchorKL", Breaking)
+    keep = (KL(prompts=8),)
+    model, stopped = fresh_pico("llama"), fresh_pico("llama")
+    long = recipe(method=method, keep=keep, steps=20, scheduler="constant", warmup=0.0)
+    with pytest.raises(TrainingError) as error:
+        train(long, model, EXAMPLES, tmp_path, anchors=[ANCHOR])
+    assert "the loss is nan at step 14; the weights after step 10 are kept" in str(error.value)
+    assert (tmp_path / "tuning.json").exists()
+    # The first ten steps of twenty are those of a run of ten.
+    monkeypatch.undo()
+    train(long.model_copy(update={"steps": 10}), stopped, EXAMPLES, None, anchors=[ANCHOR])
+    assert equal(weights(model), weights(stopped))
+
+
+class Rotten(AnchorKL):
+    """A term that is a number, but whose gradient is not."""
+
+    def __call__(self, module: Any, step: int, head: Any) -> Tensor:
+        value = super().__call__(module, step, head)
+        return value + 0.0 * (0.0 * value).sqrt()
+
+
+def test_weights_broken_by_the_last_step_are_noticed(
+    fresh_pico: Build, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("keepshot.tuning.train.AnchorKL", Rotten)
+    model = fresh_pico("llama")
+    before = weights(model)
+    with pytest.raises(TrainingError, match=r"not a number after step 1; no step is kept"):
+        tune(model, steps=1, keep=(KL(prompts=8),))
+    assert equal(weights(model), before)
+
+
+@pytest.mark.parametrize(
+    "method", [Full(), LoRA(rank=2), ValueOnly()], ids=lambda method: method.name
+)
+def test_a_run_that_was_killed_resumes_to_the_same_bits(
+    method: Any, fresh_pico: Build, tmp_path: Path
+):
+    settings = recipe(method=method, keep=(KL(prompts=8),), steps=9, save_every=3)
+    whole, broken, resumed = (fresh_pico("gpt_neox") for _ in range(3))
+    expected = train(settings, whole, EXAMPLES, None, anchors=[ANCHOR])
+    state_dir = tmp_path / "state"
+
+    class Stopping(Silent):
+        def update(self, done: int, total: int, detail: str = "") -> None:
+            if done == 8:
+                raise KeyboardInterrupt
+
+    extra = Extra(state_dir=state_dir)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, broken, EXAMPLES, None, anchors=[ANCHOR], progress=Stopping(), extra=extra)
+    assert [path.name for path in state_dir.glob("checkpoint-*")] == ["checkpoint-6"]
+    record = train(settings, resumed, EXAMPLES, None, anchors=[ANCHOR], extra=extra)
+    assert record.losses == expected.losses
+    assert equal(weights(resumed), weights(whole))
+    assert not state_dir.exists()
+
+
+def test_states_of_another_recipe_are_not_taken_up(fresh_pico: Build, tmp_path: Path):
+    state_dir = tmp_path / "state"
+    (state_dir / "checkpoint-3").mkdir(parents=True)
+    (state_dir / "checkpoint-3" / "trainer_state.json").write_text("{}", encoding="utf-8")
+    (state_dir / "recipe").write_text("another", encoding="utf-8")
+    extra = Extra(state_dir=state_dir)
+    record = train(recipe(steps=2), fresh_pico("llama"), EXAMPLES, None, extra=extra)
+    assert record.steps == 2
+
+
+def test_the_record_says_what_was_done(fresh_pico: Build, tmp_path: Path):
+    model = fresh_pico("llama")
+    rows = [*EXAMPLES, TextRow("far too long " * 40)]
+    settings = recipe(steps=None, epochs=2.0, max_length=60, long_rows="drop", batch_size=4)
+    record = train(settings, model, rows, tmp_path, validation=EXAMPLES[:3])
+    assert (record.num_rows, record.num_dropped, record.num_validation) == (11, 1, 3)
+    assert record.steps == 6
+    assert record.num_trainable == model.num_parameters
+    assert record.validation_loss is not None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "tuning.json"]
+    assert record.training_record("plain").steps == 6
+
+
+def test_training_leaves_the_model_as_it_was_but_for_its_weights(fresh_pico: Build):
+    model = fresh_pico("llama")
+    use_cache = model.module.config.use_cache
+    tune(model, steps=1)
+    assert not model.module.training
+    assert model.module.config.use_cache == use_cache
+    assert all(p.grad is None for p in model.module.parameters())
+    assert not [m for m in model.module.modules() if m._forward_pre_hooks]
+
+
+def test_progress_is_told_of_every_step(fresh_pico: Build):
+    told: list[tuple[int, int]] = []
+
+    class Listening(Silent):
+        def update(self, done: int, total: int, detail: str = "") -> None:
+            assert detail.startswith("loss ")
+            told.append((done, total))
+
+    train(recipe(steps=3), fresh_pico("llama"), EXAMPLES, None, progress=Listening())
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": (KL(),)}, "the kl term has no anchor tasks"),
+        ({"keep": (Mix(),)}, "the mix term has no anchor tasks"),
+        ({"max_length": 100_000}, "max_length 100000 is more than the context"),
+        ({"keep": (Mix(icl_share=0.4),), "batch_size": 1}, "leaves no room for the target"),
+    ],
+)
+def test_what_does_not_fit_is_refused(settings: dict[str, Any], message: str, fresh_pico: Build):
+    anchors = [ANCHOR] if "batch_size" in settings else []
+    with pytest.raises(ConfigError, match=message):
+        train(recipe(**settings), fresh_pico("llama"), EXAMPLES, None, anchors=anchors)
+
+
+def test_too_few_anchor_examples_for_a_mix(fresh_pico: Build):
+    small = replace(ANCHOR, demonstrations=ANCHOR.demonstrations[:3])
+    with pytest.raises(TaskError, match="3 examples are too few"):
+        train(recipe(keep=(Mix(),)), fresh_pico("llama"), EXAMPLES, None, anchors=[small])
+
+
+def test_good_copies_are_taken_often_enough():
+    assert loop.GOOD_EVERY <= 10
