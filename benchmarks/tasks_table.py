@@ -28,7 +28,7 @@ from keepshot.tasks.task import Task
 MODELS = ("smollm2-135m-instruct", "gemma-3-270m")
 SHOTS = (0, 1, 4, 8)
 SEEDS = (0, 1)
-LIMIT = 40
+LIMIT = 24
 
 Scores = dict[str, dict[str, float]]
 """`model/task/fingerprint` -> shots -> score."""
@@ -134,7 +134,7 @@ What the embedded tasks ask, where they come from, and what the two embedded mod
 `n` is the number of demonstrations / validation / test (/ training) items. The scores are at
 {", ".join(map(str, SHOTS))} shots, over the first {LIMIT} validation items (fewer where a task has
 fewer) and {len(SEEDS)} draws of demonstrations (at 0 shots there is nothing to draw); their
-standard error is about .05 to .08 for a task. No test item was read. Written by
+standard error is about .05 to .1 for a task. No test item was read. Written by
 
     python benchmarks/tasks_table.py --scores build/tasks.json --out docs/tasks.md
 

@@ -9,10 +9,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-from pico import PICO_CONFIGS, pico_model
 
 from keepshot.assets import AssetStore
 from keepshot.models.loading import LanguageModel
+from pico import PICO_CONFIGS, pico_model
 
 
 @pytest.fixture(scope="session")

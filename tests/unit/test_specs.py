@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar
 
 import pytest
@@ -17,7 +19,7 @@ class Inner(Spec):
 
 class Outer(Spec):
     no_effect_on_results: ClassVar[frozenset[str]] = frozenset({"log_every"})
-    arms: dict[str, Inner] = {}
+    arms: Mapping[str, Inner] = MappingProxyType({})
     log_every: int = 10
     name: str
 

@@ -143,6 +143,7 @@ def _sweep_and_pick(
         scores=scores(items, questions.versions),
         summary=summarise(items, target=target),
         cost=ledger.cost,
+        target_task=target,
         path=path,
         pick=picked,
     )
@@ -174,7 +175,9 @@ def _write(
     workspace: Workspace,
     progress: Progress,
 ) -> None:
-    out_dir = workspace.path / "model"
+    # An adapter stays one: scaling it is exact, and it stays small.
+    kind = "adapter" if (tuned.path / "adapter_config.json").exists() else "model"
+    out_dir = workspace.path / kind
     if (out_dir / "blend.json").exists():
         return
     progress.stage(f"writing lambda {lam:g}")

@@ -224,6 +224,7 @@ class _Run:
             scores=scores(self.items, versions),
             summary=summarise(self.items, target=self.target.name),
             cost=self.ledger.cost,
+            target_task=self.target.name,
             path=self.path,
             pick=self.picked,
             training=self.training,

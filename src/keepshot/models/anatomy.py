@@ -269,11 +269,11 @@ def _gradients(
     if direction is not None:
         generator = torch.Generator().manual_seed(direction)
         last = last * torch.randn(last.shape, generator=generator).to(last)
-    found = torch.autograd.grad(
+    found: Any = torch.autograd.grad(
         last.sum(), list(sources.values()), retain_graph=True, allow_unused=True
     )
     pairs = zip(sources, found, strict=True)
-    return {name: g.flatten(0, -2) for name, g in pairs if isinstance(g, Tensor)}
+    return {name: g.flatten(0, -2) for name, g in pairs if g is not None}
 
 
 def _slice(module: nn.Module, layer: str, mask: Tensor | None) -> WeightSlice:

@@ -20,6 +20,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from keepshot.assets import AssetStore
@@ -43,6 +44,7 @@ from keepshot.models.reference import (
     RunDirectory,
     is_converted,
     parse_reference,
+    read_json,
     refuse_pickles,
 )
 from keepshot.records import building_directory
@@ -53,6 +55,7 @@ DTYPES = {
     "float16": torch.float16,
 }
 CONTEXT_LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -239,11 +242,7 @@ def _load_directory(
                 output_loading_info=True,
                 **options,
             )
-            tokenizer: Any = (
-                converted_tokenizer(path)
-                if is_converted(path)
-                else AutoTokenizer.from_pretrained(path, **options)
-            )
+            tokenizer = _load_tokenizer(path, options)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise ModelError(_explain_transformers(reference, path, error)) from error
     module, report = loaded
@@ -263,6 +262,21 @@ def _load_directory(
         num_parameters=sum(parameter.numel() for parameter in module.parameters()),
         dtype=dtype,
     )
+
+
+def _load_tokenizer(path: Path, options: dict[str, Any]) -> Any:
+    """Load the tokenizer as its own file describes it.
+
+    For some model types AutoTokenizer replaces a tokenizer of the generic class by the family's
+    usual one, which splits text differently from what tokenizer.json says.
+    """
+    if is_converted(path):
+        return converted_tokenizer(path)
+    config_path = path / "tokenizer_config.json"
+    config = read_json(config_path) if config_path.is_file() else {}
+    if (path / "tokenizer.json").is_file() and config.get("tokenizer_class") in GENERIC_TOKENIZERS:
+        return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    return AutoTokenizer.from_pretrained(path, **options)
 
 
 def _load_adapter(

@@ -122,7 +122,7 @@ def parse_reference(text: str) -> ModelReference:
     if text in EMBEDDED:
         return Embedded(text, EMBEDDED[text])
     path = Path(text).expanduser()
-    if path.exists():
+    if text.strip() and path.exists():
         return _parse_path(text, path)
     base, plus, adapter = text.rpartition("+")
     if plus and base and Path(adapter).expanduser().is_dir():

@@ -144,8 +144,13 @@ def tasks_chart(document: ResultDocument, width: Width = "wide") -> alt.LayerCha
         axis=alt.Axis(format=".1f", tickCount=5, labelFlush=False),
     )
     domain = [shown[name] for name in names]
-    color = alt.Color("arm:N", scale=alt.Scale(domain=domain, range=[look[n][0] for n in names]))
-    shape = alt.Shape("arm:N", scale=alt.Scale(domain=domain, range=[look[n][1] for n in names]))
+    longest = max(len(name) for name in domain)
+    room = 680 if width == "wide" else 340
+    legend = alt.Legend(columns=max(1, room // (30 + 7 * longest)))
+    colors = alt.Scale(domain=domain, range=[look[n][0] for n in names])
+    shapes = alt.Scale(domain=domain, range=[look[n][1] for n in names])
+    color = alt.Color("arm:N", scale=colors, legend=legend)
+    shape = alt.Shape("arm:N", scale=shapes, legend=legend)
     base = alt.Chart(data([_task_row(row, labels, shown) for row in rows]))
     stripes = alt.Chart(data([{"task": labels[t]} for t in tasks[::2]])).mark_rect(color="#f4f4f4")
     chance = alt.Chart(data(_chance_rows(rows, labels))).mark_tick(

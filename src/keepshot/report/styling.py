@@ -73,7 +73,6 @@ def styled(chart: Any, width: Width) -> Any:
             orient="top",
             title=None,
             labelLimit=220,
-            columns=0 if width == "wide" else 3,
         )
         .configure_title(fontSize=size + 1, color=INK, anchor="start", fontWeight=600)
         .configure_header(labelFontSize=size + 1, labelColor=INK, labelAnchor="start")

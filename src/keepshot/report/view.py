@@ -96,20 +96,6 @@ def differ(first: Measured, second: Measured) -> bool:
     return abs(one - two) > math.hypot(high_1 - low_1, high_2 - low_2) / 2
 
 
-def target_task(document: ResultDocument) -> str | None:
-    """Find the task whose zero-shot score is the `target` of every arm, or None."""
-    targets = {row.arm: row.target for row in document.summary if row.target is not None}
-    at_zero: dict[str, dict[str, list[Score]]] = defaultdict(lambda: defaultdict(list))
-    for score in document.scores:
-        if score.shots == 0:
-            at_zero[score.task][score.arm].append(score)
-    for task, by_arm in at_zero.items():
-        means = {arm: _weighted(scores) for arm, scores in by_arm.items() if arm in targets}
-        if means and all(abs(means[arm] - targets[arm]) < 1e-9 for arm in means):
-            return task
-    return None
-
-
 def _weighted(scores: Sequence[Score]) -> float:
     total = sum(score.num_items for score in scores)
     return sum(score.value * score.num_items for score in scores) / max(total, 1)
@@ -117,7 +103,7 @@ def _weighted(scores: Sequence[Score]) -> float:
 
 def ability_scores(document: ResultDocument, shots: int) -> list[Score]:
     """Return the scores that few-shot ability is made of: all but the target's."""
-    target = target_task(document)
+    target = document.target_task
     names = {row.arm for row in document.summary}
     return [
         score
@@ -242,7 +228,7 @@ def _by_question(
     document: ResultDocument, items: Sequence[ItemResult], shots: int
 ) -> dict[tuple[str, str], dict[str, ItemResult]]:
     lams = {row.arm: row.lam for row in document.summary}
-    target = target_task(document)
+    target = document.target_task
     found: dict[tuple[str, str], dict[str, ItemResult]] = defaultdict(dict)
     usable = [
         item

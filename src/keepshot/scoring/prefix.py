@@ -259,16 +259,23 @@ def _pack_sorted(
 
 
 def _fill_rows(trie: Trie, sized: Sequence[tuple[int, Group]], limits: Limits) -> tuple[Row, ...]:
-    """Put each group, longest first, into the row that is shortest so far."""
+    """Put groups into as many rows as give the least padding, none wider than need be."""
     width = max(limits.fill, sized[0][0])
-    num_rows = -(-sum(size for size, _ in sized) // width)
-    rows: list[list[Group]] = [[] for _ in range(num_rows)]
+    fewest = -(-sum(size for size, _ in sized) // width)
+    arranged = (_balance(sized, number) for number in range(fewest, fewest + fewest // 2 + 2))
+    best = min(arranged, key=lambda rows: len(rows) * max(sum(s for s, _ in row) for row in rows))
+    return tuple(_row(trie, [group for _, group in row]) for row in best)
+
+
+def _balance(sized: Sequence[tuple[int, Group]], num_rows: int) -> list[list[tuple[int, Group]]]:
+    """Put each group, longest first, into the row that is shortest so far."""
+    rows: list[list[tuple[int, Group]]] = [[] for _ in range(num_rows)]
     lengths = [(0, number) for number in range(num_rows)]
     for size, group in sized:
         length, number = heapq.heappop(lengths)
-        rows[number].append(group)
+        rows[number].append((size, group))
         heapq.heappush(lengths, (length + size, number))
-    return tuple(_row(trie, members) for members in rows)
+    return [row for row in rows if row]
 
 
 def _match_lengths(trie: Trie, groups: Sequence[Group], limits: Limits) -> list[tuple[Row, ...]]:

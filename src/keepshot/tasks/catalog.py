@@ -57,6 +57,13 @@ def _read(reader: Callable[[AssetSource], list[Example]]) -> Builder:
     return lambda store, generator: reader(store)
 
 
+def _translated(language: str) -> Builder:
+    def build(store: AssetSource, generator: Generator) -> Sequence[Example]:
+        return lexical.among_others(lexical.translations(store, language), generator)
+
+    return build
+
+
 def _written(name: str) -> Builder:
     return lambda store, generator: sentences.written(name)
 
@@ -93,24 +100,14 @@ CATALOG: dict[str, TaskEntry] = {
         "countryinfo 1.0.1", "MIT", _read(lexical.continents), ("countryinfo",),
     ),
     "english-french": TaskEntry(
-        "exact", "translation", "translation", "an English noun -> French",
-        "emoji 2.16.0 (Unicode CLDR names)", "BSD-3-Clause, Unicode-3.0",
-        lambda store, generator: lexical.translations(store, "fr"), ("emoji",),
+        "choice", "translation", "translation", "an English noun -> French, one of four words",
+        "emoji 2.16.0 (Unicode CLDR names)", "BSD-3-Clause, Unicode-3.0", _translated("fr"),
+        ("emoji",),
     ),
     "english-spanish": TaskEntry(
-        "exact", "translation", "translation", "an English noun -> Spanish",
-        "emoji 2.16.0 (Unicode CLDR names)", "BSD-3-Clause, Unicode-3.0",
-        lambda store, generator: lexical.translations(store, "es"), ("emoji",),
-    ),
-    "french-english": TaskEntry(
-        "exact", "translation", "translation", "a French noun -> English",
-        "emoji 2.16.0 (Unicode CLDR names)", "BSD-3-Clause, Unicode-3.0",
-        lambda store, generator: lexical.back_translations(store, "fr"), ("emoji",),
-    ),
-    "spanish-english": TaskEntry(
-        "exact", "translation", "translation", "a Spanish noun -> English",
-        "emoji 2.16.0 (Unicode CLDR names)", "BSD-3-Clause, Unicode-3.0",
-        lambda store, generator: lexical.back_translations(store, "es"), ("emoji",),
+        "choice", "translation", "translation", "an English noun -> Spanish, one of four words",
+        "emoji 2.16.0 (Unicode CLDR names)", "BSD-3-Clause, Unicode-3.0", _translated("es"),
+        ("emoji",),
     ),
     "past-tense": TaskEntry(
         "exact", "morphology", "inflection", "a verb -> its past tense",
@@ -136,13 +133,6 @@ CATALOG: dict[str, TaskEntry] = {
     "addition": _code(
         "exact", "arithmetic", "arithmetic", "two digits plus one", procedural.addition
     ),
-    "subtraction": _code(
-        "exact", "arithmetic", "arithmetic", "two digits minus one", procedural.subtraction
-    ),
-    "private-operator": _code(
-        "exact", "arithmetic", "unknown sign", "addition under an unknown sign",
-        procedural.private_operator,
-    ),
     "private-concatenation": _code(
         "exact", "arithmetic", "unknown sign", "digits side by side under an unknown sign",
         procedural.private_concatenation,
@@ -152,9 +142,6 @@ CATALOG: dict[str, TaskEntry] = {
     ),
     "largest": _code(
         "exact", "arithmetic", "comparison", "three numbers -> the largest", procedural.largest
-    ),
-    "counting": _code(
-        "exact", "arithmetic", "counting", "a list -> how many things", procedural.counting
     ),
     "date-format": _code(
         "exact", "format", "reformatting", "2012-06-14 -> !06!14!2012!", procedural.date_format
@@ -175,10 +162,6 @@ CATALOG: dict[str, TaskEntry] = {
         "exact", "extraction", "look-up", "a small table and a key -> the value",
         procedural.look_up,
     ),
-    "odd-one-out": _code(
-        "choice", "multiple choice", "selection by meaning", "four words -> the odd one out",
-        procedural.odd_one_out,
-    ),
     "pick-animal": _code(
         "exact", "selection", "selection by meaning", "three words -> the animal",
         procedural.pick_animal,
@@ -186,14 +169,6 @@ CATALOG: dict[str, TaskEntry] = {
     "pick-colour": _code(
         "exact", "selection", "selection by meaning", "three words -> the colour",
         procedural.pick_colour,
-    ),
-    "made-up-categories": _code(
-        "choice", "made-up labels", "arbitrary labels", "a word -> one of three meaningless names",
-        procedural.made_up_categories,
-    ),
-    "parity-signs": _code(
-        "choice", "made-up labels", "arbitrary labels", "a number -> one of two signs",
-        procedural.symbol_parity,
     ),
     "word-group": _code(
         "choice", "word meaning", "classification", "a word -> its group (7)",
@@ -205,7 +180,6 @@ CATALOG: dict[str, TaskEntry] = {
     "number-spelling": _code(
         "exact", "numerals", "numerals", "42 -> forty-two", procedural.number_spelling
     ),
-    "roman-numeral": _code("exact", "numerals", "numerals", "XIV -> 14", procedural.roman_numerals),
     "extract-phone": _code(
         "exact", "extraction", "extraction", "a note -> the telephone number in it",
         procedural.phone_extraction,
@@ -223,22 +197,8 @@ CATALOG: dict[str, TaskEntry] = {
     "sentence-feeling": _text(
         "feeling", "classification", "a remark -> positive or negative", "feeling"
     ),
-    "topic-signs": TaskEntry(
-        "choice", "made-up labels", "arbitrary labels", "a sentence -> one of five signs",
-        "written for keepshot", "Apache-2.0",
-        lambda store, generator: sentences.relabelled("topic", ("@@", "##", "%%", "&&", "++")),
-    ),
-    "feeling-signs": TaskEntry(
-        "choice", "made-up labels", "arbitrary labels", "a remark -> one of two meaningless names",
-        "written for keepshot", "Apache-2.0",
-        lambda store, generator: sentences.relabelled("feeling", ("zub", "kif")),
-    ),
     "short-facts": _text("knowledge", "recall", "a question -> a word or two", "facts", "exact"),
-    "opposite": TaskEntry(
-        "choice", "word meaning", "recall", "a word -> its opposite, one of four words",
-        "written for keepshot", "Apache-2.0",
-        lambda store, generator: sentences.opposites(generator),
-    ),
+    "opposite": _text("word meaning", "recall", "a word -> its opposite", "opposites", "exact"),
     "support": TaskEntry(
         "choice", "customer messages", "classification", "a message to a shop -> its class (6)",
         "written for keepshot", "Apache-2.0", _written("support"), role="target", num_test=200,
@@ -251,13 +211,19 @@ CATALOG: dict[str, TaskEntry] = {
     "link-words": _anchor("conjunction", "two words -> joined by and", surface.link_words),
 }  # fmt: skip
 
+CORE = (
+    "country-capital", "short-facts", "past-tense", "english-french", "word-feeling",
+    "sentence-topic", "addition", "number-name", "extract-town", "look-up", "date-format",
+    "reference-format", "private-concatenation", "second-item", "last-item",
+)  # fmt: skip
 SUITES: dict[str, tuple[str, ...]] = {
-    "core": (
-        "country-capital", "french-english", "past-tense", "plural", "word-feeling", "addition",
-        "private-operator", "date-format", "second-item", "pick-animal", "made-up-categories",
-        "extract-town", "odd-one-out",
+    "core": CORE,
+    "full": (
+        *CORE, "country-demonym", "country-continent", "english-spanish", "plural", "comparative",
+        "opposite", "word-group", "sentence-feeling", "sentence-language", "sequence", "largest",
+        "number-spelling", "clock-format", "pick-animal", "pick-colour", "extract-phone",
+        "extract-day",
     ),
-    "full": tuple(name for name, entry in CATALOG.items() if entry.role == "suite"),
     "anchors": tuple(name for name, entry in CATALOG.items() if entry.role == "anchor"),
 }  # fmt: skip
 

@@ -10,12 +10,12 @@ import csv
 import gzip
 import json
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
+from numpy.random import Generator
 
 from keepshot.prompts import Example
 from keepshot.tasks.procedural import words
@@ -80,11 +80,16 @@ def translations(store: AssetSource, language: str) -> list[Example]:
     ]
 
 
-def back_translations(store: AssetSource, language: str) -> list[Example]:
-    """A word of the language given by two letters -> English, if it has one meaning here."""
-    pairs = translations(store, language)
-    counts = Counter(pair.output for pair in pairs)
-    return [Example(pair.output, pair.input) for pair in pairs if counts[pair.output] == 1]
+def among_others(examples: Sequence[Example], generator: Generator) -> list[Example]:
+    """Return the questions with four choices each: the answer and three answers of others."""
+    answers = list(dict.fromkeys(example.output for example in examples))
+    asked: list[Example] = []
+    for example in examples:
+        wrong = [answers[int(i)] for i in generator.permutation(len(answers))[:4]]
+        shown = [example.output, *(word for word in wrong if word != example.output)][:4]
+        choices = tuple(shown[int(i)] for i in generator.permutation(4))
+        asked.append(Example(example.input, example.output, choices))
+    return asked
 
 
 def past_tenses(store: AssetSource) -> list[Example]:

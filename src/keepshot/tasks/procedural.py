@@ -37,18 +37,6 @@ def addition(generator: Generator) -> list[Example]:
     return [Example(f"{a} + {b}", str(a + b)) for a, b in _shuffled(pairs, generator)]
 
 
-def subtraction(generator: Generator) -> list[Example]:
-    """`31 - 4` -> `27`."""
-    pairs = [(a, b) for a in range(10, 60) for b in range(2, 10)]
-    return [Example(f"{a} - {b}", str(a - b)) for a, b in _shuffled(pairs, generator)]
-
-
-def private_operator(generator: Generator) -> list[Example]:
-    """`20 $ 7` -> `27`: a known operation under a sign that says nothing."""
-    pairs = [(tens, ones) for tens in range(10, 400, 10) for ones in range(1, 10)]
-    return [Example(f"{a} $ {b}", str(a + b)) for a, b in _shuffled(pairs, generator)]
-
-
 def private_concatenation(generator: Generator) -> list[Example]:
     """`4 # 7` -> `47`: an operation that no textbook has."""
     pairs = [(a, b) for a in range(1, 20) for b in range(1, 20)]
@@ -67,16 +55,6 @@ def sequence(generator: Generator) -> list[Example]:
 def largest(generator: Generator) -> list[Example]:
     """`14, 83, 27` -> `83`."""
     return _made(generator, lambda g: _numbers_question(_integers(g, 3, 10, 100), max))
-
-
-def counting(generator: Generator) -> list[Example]:
-    """`pear, pear, saw` -> `3`: how many things there are."""
-
-    def make(g: Generator) -> Example:
-        things = _sample(words("animal") + words("food"), int(g.integers(2, 8)), g)
-        return Example(", ".join(things), str(len(things)))
-
-    return _made(generator, make)
 
 
 def date_format(generator: Generator) -> list[Example]:
@@ -146,18 +124,6 @@ def look_up(generator: Generator) -> list[Example]:
     return _made(generator, make)
 
 
-def odd_one_out(generator: Generator) -> list[Example]:
-    """`dog, cat, hammer, cow` -> `hammer`."""
-    groups = [words(g) for g in ("animal", "food", "tool", "clothing", "vehicle", "job", "body")]
-
-    def make(g: Generator) -> Example:
-        common, other = _sample(groups, 2, g)
-        shown = [*_sample(common, 3, g), _sample(other, 1, g)[0]]
-        return Example(", ".join(_shuffled(shown, g)), shown[-1], tuple(shown))
-
-    return _made(generator, make)
-
-
 def pick_animal(generator: Generator) -> list[Example]:
     """`lamp, cow, bread` -> `cow`: that animals are meant must be seen."""
     others = words("food") + words("tool") + words("clothing") + words("vehicle")
@@ -182,21 +148,6 @@ def pick_colour(generator: Generator) -> list[Example]:
     return _made(generator, make)
 
 
-def made_up_categories(generator: Generator) -> list[Example]:
-    """`tiger` -> `blicket`: three categories under names that mean nothing."""
-    names = {"animal": "blicket", "food": "dax", "tool": "wug"}
-    labels = tuple(names.values())
-    made = [Example(word, name, labels) for group, name in names.items() for word in words(group)]
-    return _shuffled(made, generator)
-
-
-def symbol_parity(generator: Generator) -> list[Example]:
-    """`48` -> `@@`, `31` -> `%%`: a property under arbitrary signs."""
-    labels = ("@@", "%%")
-    numbers = _shuffled(range(10, 400), generator)
-    return [Example(str(n), labels[n % 2], labels) for n in numbers]
-
-
 def word_groups(generator: Generator) -> list[Example]:
     """`violin` -> `instrument`."""
     groups = ("animal", "food", "clothing", "vehicle", "job", "instrument", "plant")
@@ -212,11 +163,6 @@ def number_names(generator: Generator) -> list[Example]:
 def number_spelling(generator: Generator) -> list[Example]:
     """`42` -> `forty-two`."""
     return [Example(str(n), _spelled(n)) for n in _shuffled(range(11, 400), generator)]
-
-
-def roman_numerals(generator: Generator) -> list[Example]:
-    """`XIV` -> `14`."""
-    return [Example(_roman(n), str(n)) for n in _shuffled(range(1, 300), generator)]
 
 
 def phone_extraction(generator: Generator) -> list[Example]:
@@ -326,15 +272,3 @@ def _spelled(number: int) -> str:
         return tens[number // 10 - 2] + (f"-{small[rest]}" if rest else "")
     rest = number % 100
     return f"{small[number // 100]} hundred" + (f" and {_spelled(rest)}" if rest else "")
-
-
-def _roman(number: int) -> str:
-    signs = (
-        (100, "C"), (90, "XC"), (50, "L"), (40, "XL"), (10, "X"), (9, "IX"), (5, "V"), (4, "IV"),
-        (1, "I"),
-    )  # fmt: skip
-    text = ""
-    for value, sign in signs:
-        text += sign * (number // value)
-        number %= value
-    return text

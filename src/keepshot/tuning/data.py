@@ -112,8 +112,11 @@ def encode_demonstrations(
         shown: the worked examples.
         positions: `all` reads every position instead.
     """
-    ids = model.encode(template.shared_prefix(shown))
+    # One more question follows, since some tokenizers join newlines at the end of a text only; it
+    # is behind the last position read, so it costs nothing.
+    ids = model.encode(template.context(shown, shown[0]))
     if positions == "all":
+        ids = model.encode(template.shared_prefix(shown))
         return Sample(tuple(ids), tuple(range(len(ids) - 1)))
     read: set[int] = set()
     for index, example in enumerate(shown):

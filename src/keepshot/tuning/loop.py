@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging as transformers_logging
 
 from keepshot.errors import TrainingError
 from keepshot.models.conversion import quiet_transformers
@@ -76,7 +77,8 @@ def run(loop: Loop, losses: list[dict[str, float]], progress: Progress) -> None:
             has the weights of the last good copy, and `losses` ends where that was taken.
     """
     config = loop.prepared.module.config
-    use_cache = config.use_cache
+    use_cache, verbosity = config.use_cache, transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     with quiet_transformers(), training(loop.prepared), _state(loop) as place:
         trainer = _KeepTrainer(loop, place, progress)
         try:
@@ -85,6 +87,7 @@ def run(loop: Loop, losses: list[dict[str, float]], progress: Progress) -> None:
         finally:
             losses.extend(trainer.rows())
             config.use_cache = use_cache
+            transformers_logging.set_verbosity(verbosity)
 
 
 class _Samples(Dataset[Sample]):
@@ -216,6 +219,8 @@ class _EachStep(TrainerCallback):
         latest = self._trainer.latest
         # The Trainer keeps this list in its resume state.
         state.log_history.append({"step": state.global_step, "keepshot": latest})
+        if state.global_step >= state.max_steps:
+            control.should_save = False
         detail = f"loss {latest['loss']:.3f}"
         self._progress.update(state.global_step, state.max_steps, detail)
 
@@ -244,7 +249,7 @@ def _arguments(loop: Loop, place: Path) -> TrainingArguments:
         warmup_steps=math.ceil(recipe.warmup * recipe.steps),
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         dataloader_num_workers=0,

@@ -1,0 +1,95 @@
+"""Recipes: defaults that work, tagged unions, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from keepshot.errors import ConfigError
+from keepshot.specs import Spec
+from keepshot.tuning import recipe as recipes
+from keepshot.tuning.recipe import (
+    KL,
+    METHODS,
+    TERMS,
+    Full,
+    LoRA,
+    Mix,
+    Recipe,
+    ValueOnly,
+    auto,
+    find_term,
+    parse_keep,
+    parse_method,
+)
+
+
+def read(**content: Any) -> Recipe:
+    return Recipe.from_mapping({"data": "x", **content}, source="r.yaml")
+
+
+def test_auto_is_lora_held_by_the_kl_term():
+    chosen = auto("my.jsonl", model="m")
+    assert chosen.method == LoRA(rank=16, targets="all-linear")
+    assert chosen.keep == (KL(),)
+    assert auto("my.jsonl", model="m", keep="none").keep == ()
+    assert auto("my.jsonl", model="m", method="full").method == Full()
+
+
+def test_every_name_parses():
+    assert [parse_method(name).name for name in METHODS] == list(METHODS)
+    assert [term.name for term in parse_keep(",".join(TERMS))] == list(TERMS)
+    with pytest.raises(ConfigError, match="method 'lroa' is unknown; nearest is 'lora'"):
+        parse_method("lroa")
+    with pytest.raises(ConfigError, match="keep term 'kll' is unknown; nearest is 'kl'"):
+        parse_keep("mix,kll")
+
+
+def test_methods_and_terms_are_told_apart_by_name():
+    chosen = read(method={"name": "value-only"}, keep=[{"name": "kl", "weight": 2.0}])
+    assert chosen.method == ValueOnly()
+    assert find_term(chosen.keep, KL) == KL(weight=2.0)
+    assert find_term(chosen.keep, Mix) is None
+
+
+def test_steps_and_rate_are_filled_in():
+    assert read(epochs=2.0, batch_size=8).resolved(100).steps == 25
+    assert read(steps=7).resolved(100).steps == 7
+    rates = [read(method={"name": name}).resolved(9).learning_rate for name in METHODS]
+    assert rates == [2e-5, 1e-3, 1e-4]
+    assert read(learning_rate=3e-4).resolved(9).learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"method": {"name": "lora", "rnk": 4}}, "`method.lora.rnk` is unknown; nearest is 'rank'"),
+        ({"learning_rte": 1}, "`learning_rte` is unknown; nearest is 'learning_rate'"),
+        ({"keep": [{"name": "kl"}, {"name": "kl"}]}, "term 'kl' is given twice"),
+        ({"keep": [{"name": "kl", "shots": [8, 2]}]}, "the fewest shots come first"),
+        ({"keep": [{"name": "mix", "general_share": 0.1}]}, "given together or not at all"),
+        ({"keep": [{"name": "mix", "icl_share": 0.0}]}, "nothing to mix in"),
+        ({"method": {"name": "lora", "rank": 0}}, "greater than 0"),
+    ],
+)
+def test_what_does_not_fit_is_named(content: dict[str, Any], message: str):
+    with pytest.raises(ConfigError) as error:
+        read(**content)
+    assert message in str(error.value)
+
+
+def test_the_fingerprint_leaves_out_what_changes_no_result():
+    assert read().fingerprint() == read(save_every=7).fingerprint()
+    assert read().fingerprint() != read(seed=1).fingerprint()
+
+
+def test_every_field_is_documented():
+    specs = [v for v in vars(recipes).values() if isinstance(v, type) and issubclass(v, Spec)]
+    undocumented = [
+        f"{spec.__name__}.{name}"
+        for spec in specs
+        for name, field in spec.model_fields.items()
+        if not field.description
+    ]
+    assert undocumented == []
