@@ -327,11 +327,7 @@ def methods(as_json: Json = False) -> None:
 def _store(accepted: Sequence[str] | None) -> AssetStore:
     from keepshot.assets import AssetStore
 
-    environ = dict(os.environ)
-    if accepted:
-        already = environ.get("KEEPSHOT_ACCEPT_LICENCE", "")
-        environ["KEEPSHOT_ACCEPT_LICENCE"] = ",".join([already, *accepted]).strip(",")
-    return AssetStore.from_environment(environ)
+    return AssetStore.from_environment(os.environ, accepted_licences=frozenset(accepted or ()))
 
 
 def _working(as_json: bool) -> Any:

@@ -251,6 +251,13 @@ def test_resolving_flattens_suites_and_names_each_task_once(tmp_path: Path) -> N
     assert [task.name for task in tasks] == [*SUITES["anchors"], "addition", "my.jsonl"]
 
 
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    paths = [write_rows(folder / "my.jsonl", 20) for folder in (tmp_path, tmp_path / "other")]
+    with pytest.raises(TaskError, match=r"have the same file name"):
+        resolve_tasks([str(path) for path in paths], NoAssets())
+
+
 def test_listing_the_catalog_loads_neither_torch_nor_arrow() -> None:
     code = (
         "import sys, keepshot.tasks.catalog\n"

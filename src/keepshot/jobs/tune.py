@@ -20,7 +20,7 @@ from keepshot.tasks.catalog import resolve_tasks
 from keepshot.tasks.source import Row, read_rows
 from keepshot.tasks.task import Task
 from keepshot.tuning.data import hold_out
-from keepshot.tuning.recipe import KL, Mix, Recipe, find_term
+from keepshot.tuning.recipe import Mix, Recipe, find_term
 from keepshot.tuning.train import Extra, TuneRecord, train
 
 VALIDATION_SHARE = 0.1
@@ -76,8 +76,7 @@ def tune(
 
 def anchor_tasks(recipe: Recipe, store: AssetStore) -> list[Task]:
     """Return the tasks from which the recipe's keep terms draw their few-shot prompts."""
-    term = find_term(recipe.keep, KL) or find_term(recipe.keep, Mix)
-    return resolve_tasks(term.tasks.split(","), store) if term else []
+    return resolve_tasks([recipe.keep[0].tasks], store) if recipe.keep else []
 
 
 def general_rows(recipe: Recipe) -> list[Row]:

@@ -53,7 +53,7 @@ def merge_adapter(module: PreTrainedModel, adapter_dir: Path, base: str) -> PreT
         adapted: Any = PeftModel.from_pretrained(module, adapter_dir, is_trainable=False)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ModelError(_mismatch(adapter_dir, base, error)) from error
-    expected = set(get_peft_model_state_dict(adapted))
+    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
     if stored != expected:
         odd = sorted(stored ^ expected)[0]
         side = "is not in this base" if odd in stored else "is missing from the adapter"

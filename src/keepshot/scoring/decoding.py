@@ -84,6 +84,10 @@ def open_answer(
                 (i for i, token in enumerate(wanted) if token != predicted[i]), len(wanted)
             )
             tokens = [*wanted[:agreed], predicted[agreed]]
+            if agreed < len(wanted) or not model.ends_answer(tokens[-1]):
+                # Not the answer, though it may begin with lines of it: decoding ends at the first.
+                ends = (i for i, token in enumerate(tokens) if model.ends_answer(token))
+                tokens = tokens[: next(ends, len(tokens)) + 1]
         case Generate():
             tokens = [predicted[0]]
     room = model.context_length - len(request.context)

@@ -92,7 +92,7 @@ def measure(
 
     Choice questions are judged by the log-likelihood of each choice: `correct` takes the plain sum,
     `correct_per_character` the sum divided by the number of characters. Exact ones are judged by
-    greedy decoding. Two rates say how an answer fails:
+    the text of greedy decoding. Two rates say how an answer fails:
 
     * `format_failure`: the answer is no possible answer. It does not end, or: where the task has a
       closed set of answers (at most 32, each seen twice on average), it is none of them; where
@@ -204,7 +204,9 @@ def _judge(
     else:
         assert free is not None
         assert said is not None
-        answer, correct, by_character = said, free.correct, None
+        # The same text counts too when the model spells it with other tokens than ours.
+        spelled = free.stopped and said == example.output.strip()
+        answer, correct, by_character = said, free.correct or spelled, None
     arm, model, lam = who
     return ItemResult(
         arm=arm,

@@ -22,6 +22,8 @@ Group = tuple[int, ...]
 _Unit = tuple[tuple[int, ...], int]
 """A node whose subtree is to be placed, after the uncached nodes that lead to it."""
 ROOT = 0
+MOST_REPEATED = 0.05
+"""Share of a subtree's tokens that may be computed twice to have smaller pieces to pack."""
 
 
 @dataclass
@@ -213,8 +215,8 @@ def plan(trie: Trie, limits: Limits) -> Plan:
 def _sort_units(trie: Trie, past: int, limits: Limits) -> tuple[list[_Unit], list[_Unit]]:
     """Return the subtrees below `past` that can be packed, and the nodes to cache first.
 
-    A node whose tokens are few is not worth a forward pass of its own: it goes as a lead before
-    each of its children instead, and is computed several times.
+    A node whose tokens are few is not worth a forward pass of its own, nor a wide row that others
+    are padded to: it leads each of its children instead, and is computed several times.
     """
     ready: list[_Unit] = []
     deeper: list[_Unit] = []
@@ -222,10 +224,13 @@ def _sort_units(trie: Trie, past: int, limits: Limits) -> tuple[list[_Unit], lis
     while queue:
         lead, number = queue.pop()
         node = trie.nodes[number]
-        num_lead = _num_tokens(trie, lead)
-        if num_lead + node.subtree_size <= limits.row or not node.children:
+        size = _num_tokens(trie, lead) + node.subtree_size
+        repeated = (size - node.subtree_size + len(node.tokens)) * (len(node.children) - 1)
+        narrow = limits.packed and size <= limits.row
+        cheap = repeated <= (size * MOST_REPEATED if narrow else limits.overhead)
+        if not node.children or (narrow and (size <= limits.fill or not cheap)):
             ready.append((lead, number))
-        elif (num_lead + len(node.tokens)) * (len(node.children) - 1) <= limits.overhead:
+        elif cheap:
             queue.extend(((*lead, number), child) for child in node.children)
         else:
             deeper.append((lead, number))
@@ -259,10 +264,11 @@ def _pack_sorted(
 
 
 def _fill_rows(trie: Trie, sized: Sequence[tuple[int, Group]], limits: Limits) -> tuple[Row, ...]:
-    """Put groups into as many rows as give the least padding, none wider than need be."""
+    """Put groups into as many rows as give the least padding, at most about twice as wide."""
     width = max(limits.fill, sized[0][0])
-    fewest = -(-sum(size for size, _ in sized) // width)
-    arranged = (_balance(sized, number) for number in range(fewest, fewest + fewest // 2 + 2))
+    usual = -(-sum(size for size, _ in sized) // width)
+    numbers = range(usual + usual // 2 + 1, max(1, usual // 2) - 1, -1)
+    arranged = (_balance(sized, number) for number in numbers)
     best = min(arranged, key=lambda rows: len(rows) * max(sum(s for s, _ in row) for row in rows))
     return tuple(_row(trie, [group for _, group in row]) for row in best)
 

@@ -203,10 +203,10 @@ CATALOG: dict[str, TaskEntry] = {
         "choice", "customer messages", "classification", "a message to a shop -> its class (6)",
         "written for keepshot", "Apache-2.0", _written("support"), role="target", num_test=200,
     ),
-    "upper-case": _anchor("letter case", "a word -> capitals", surface.upper_case),
+    "upper-case": _anchor("letter case", "a word -> in capitals", surface.upper_case),
     "repeat-words": _anchor("repetition", "two words -> the same twice", surface.repeat_words),
-    "reverse-words": _anchor("word order", "three words -> backwards", surface.reverse_words),
-    "join-words": _anchor("joining", "two words -> one", surface.join_words),
+    "title-case": _anchor("letter case", "two words -> each with a capital", surface.title_case),
+    "drop-vowels": _anchor("letter deletion", "a word -> its consonants", surface.drop_vowels),
     "spell-out": _anchor("spelling", "a word -> its letters", surface.spell_out),
     "link-words": _anchor("conjunction", "two words -> joined by and", surface.link_words),
 }  # fmt: skip
@@ -267,7 +267,18 @@ def resolve_tasks(
     if not wanted:
         raise TaskError(f"no task is named; name suites ({', '.join(SUITES)}), tasks or files")
     files = {n: load_task(n, store, seed=seed, shots=shots) for n in wanted if n not in CATALOG}
+    _check_file_names(list(files))
     return [files[name] if name in files else load_task(name, store) for name in wanted]
+
+
+def _check_file_names(paths: Sequence[str]) -> None:
+    seen: dict[str, str] = {}
+    for path in paths:
+        other = seen.setdefault(Path(path).name, path)
+        if other != path:
+            raise TaskError(
+                f"{path} and {other} have the same file name, which results go under; rename one"
+            )
 
 
 def task_from_file(

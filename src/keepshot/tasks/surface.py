@@ -7,6 +7,7 @@ any task of the measured suites, so that a kept ability is not a trained one.
 from __future__ import annotations
 
 import itertools
+import re
 
 from numpy.random import Generator
 
@@ -22,28 +23,23 @@ def upper_case(generator: Generator) -> list[Example]:
 
 
 def repeat_words(generator: Generator) -> list[Example]:
-    """`almost then` -> the same twice."""
+    """`almost legend` -> `almost legend almost legend`."""
     return [Example(f"{a} {b}", f"{a} {b} {a} {b}") for a, b in _pairs(generator)]
 
 
-def reverse_words(generator: Generator) -> list[Example]:
-    """`almost legend twice` -> `twice legend almost`."""
-    pairs = _pairs(generator)
-    extra = _pairs(generator)
-    return [
-        Example(f"{a} {b} {c}", f"{c} {b} {a}")
-        for (a, b), (c, _) in zip(pairs, extra, strict=True)
-        if c not in (a, b)
-    ]
+def title_case(generator: Generator) -> list[Example]:
+    """`almost legend` -> `Almost Legend`."""
+    return [Example(f"{a} {b}", f"{a.title()} {b.title()}") for a, b in _pairs(generator)]
 
 
-def join_words(generator: Generator) -> list[Example]:
-    """`almost legend` -> `almostlegend`."""
-    return [Example(f"{a} + {b}", a + b) for a, b in _pairs(generator)]
+def drop_vowels(generator: Generator) -> list[Example]:
+    """`legend.` -> `lgnd`."""
+    shortened = {word: re.sub("[aeiou]", "", word) for word in _words(generator)}
+    return [Example(f"{word}.", rest) for word, rest in shortened.items() if rest != word]
 
 
 def spell_out(generator: Generator) -> list[Example]:
-    """`motto` -> `m-o-t-t-o`."""
+    """`motto:` -> `m-o-t-t-o`."""
     return [Example(f"{word}:", "-".join(word)) for word in _words(generator)]
 
 

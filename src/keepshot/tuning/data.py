@@ -112,20 +112,19 @@ def encode_demonstrations(
         shown: the worked examples.
         positions: `all` reads every position instead.
     """
-    # One more question follows, since some tokenizers join newlines at the end of a text only; it
-    # is behind the last position read, so it costs nothing.
-    ids = model.encode(template.context(shown, shown[0]))
     if positions == "all":
         ids = model.encode(template.shared_prefix(shown))
         return Sample(tuple(ids), tuple(range(len(ids) - 1)))
+    # One more question follows, since some tokenizers join newlines at the end of a text only.
+    ids = model.encode(template.context(shown, shown[0]))
     read: set[int] = set()
     for index, example in enumerate(shown):
         question = template.context(shown[:index], example)
         answered = question + template.continuation(example.output)
         start, end = len(model.encode(question)), len(model.encode(answered))
         # Token j is predicted at position j - 1; token `end` opens the separator.
-        read.update(range(max(start - 1, 0), min(end, len(ids) - 1)))
-    return Sample(tuple(ids), tuple(sorted(read)))
+        read.update(range(max(start - 1, 0), end))
+    return Sample(tuple(ids[: max(read) + 2]), tuple(sorted(read)))
 
 
 def slide_few_shot(

@@ -90,10 +90,8 @@ class Mix(Spec):
     """Share of each batch that is `shots` demonstrations and a query, whose answer is learned."""
     shots: PositiveInt = 3
     """Demonstrations in each of those samples."""
-    icl_from: Literal["anchors", "target"] = "anchors"
-    """Whether they are drawn from the anchor tasks or slide over the target's own examples."""
     tasks: str = "anchors"
-    """Suite, tasks or example files (comma-separated) behind `icl_from: anchors`."""
+    """Suite, tasks or example files (comma-separated) from which they are drawn."""
     general_share: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of each batch that comes from `general_data`."""
     general_data: str | None = None
@@ -159,6 +157,8 @@ class Recipe(Spec):
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"term {repeated[0]!r} is given twice")
+        if len({term.tasks for term in self.keep}) > 1:
+            raise ValueError("the terms draw from different `tasks`; give both the same")
         return self
 
     def resolved(self, num_rows: int) -> Recipe:
