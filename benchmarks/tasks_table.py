@@ -153,6 +153,8 @@ On SmolLM2 at 4 shots, 24 validation items, one draw (measured once, before the 
 | two digits minus one | exact | 0 | .12 |
 | addition under an unknown sign (`8 $ 16`) | exact | 0 | .00 (tens and ones only: .14 to .21) |
 | counting the things in a list | exact | 0 | .00 |
+| four numbers of a sequence to the fifth | exact | 0 | .12 (24 items, two draws) |
+| `15:40` to `3.40 pm` | exact | 0 | .15 (24 items, two draws; 7 of 48) |
 | Roman numerals | exact | 0 | .00 |
 | English noun to French / Spanish, in free form | exact | 0 | .00 / .04 |
 | French / Spanish noun to English, in free form | exact | 0 | .08 / .08 (Gemma .42 / .46) |

@@ -34,8 +34,8 @@ def smollm2(store: AssetStore) -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def harness(smollm2: LanguageModel) -> Any:
-    module: Any = smollm2.module
-    return HFLM(pretrained=module, tokenizer=smollm2.tokenizer, batch_size=8)
+    backend: Any = HFLM
+    return backend(pretrained=smollm2.module, tokenizer=smollm2.tokenizer, batch_size=8)
 
 
 def strings(task: Task) -> list[tuple[str, str]]:
@@ -46,6 +46,11 @@ def strings(task: Task) -> list[tuple[str, str]]:
         for example in task.test[:NUM_ITEMS]
         for choice in example.choices or (example.output,)
     ]
+
+
+def encoded(model: LanguageModel, pair: tuple[str, str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    context, continuation = model.encode_pair(*pair)
+    return tuple(context), tuple(continuation)
 
 
 def harness_scores(harness: Any, pairs: list[tuple[str, str]]) -> list[tuple[float, bool]]:
@@ -63,7 +68,7 @@ def test_choice_task_agrees_with_lm_eval(
     task = load_task(name, store)
     pairs = strings(task)
     reference = harness_scores(harness, pairs)
-    requests = [LogLikelihood(*map(tuple, smollm2.encode_pair(*pair))) for pair in pairs]
+    requests = [LogLikelihood(*encoded(smollm2, pair)) for pair in pairs]
     for result, (log_likelihood, is_greedy) in zip(
         Engine(smollm2).run(requests), reference, strict=True
     ):
@@ -89,7 +94,7 @@ def test_exact_task_agrees_with_lm_eval(
     pairs = strings(task)
     with_newline = [(context, answer + "\n") for context, answer in pairs]
     reference = harness_scores(harness, with_newline)
-    requests = [GreedyMatch(*map(tuple, smollm2.encode_pair(*pair))) for pair in pairs]
+    requests = [GreedyMatch(*encoded(smollm2, pair)) for pair in pairs]
     for result, (_, is_greedy) in zip(Engine(smollm2).run(requests), reference, strict=True):
         assert isinstance(result, GreedyMatchResult)
         assert result.correct == is_greedy

@@ -117,7 +117,6 @@ def test_known_facts(built: dict[str, Task]) -> None:
         "number-name": ("forty-two", "42"),
         "opposite": ("empty", "full"),
         "short-facts": ("What do bees make?", "honey"),
-        "clock-format": ("15:40", "3.40 pm"),
     }
     for name, (question, answer) in expected.items():
         task = built[name]
@@ -135,9 +134,6 @@ def test_made_rules_hold(built: dict[str, Task]) -> None:
     for example in built["look-up"].test:
         table, key = example.input.split("; ")
         assert dict(pair.split("=") for pair in table.split())[key] == example.output
-    for example in built["sequence"].test:
-        a, b, _, d = map(int, example.input.split(", "))
-        assert int(example.output) == d + (b - a)
     assert {e.output in e.input for e in built["extract-town"].test} == {True}
 
 

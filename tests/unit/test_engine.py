@@ -36,9 +36,10 @@ from keepshot.scoring.request import (
 )
 from pico import PICO_CONFIGS, SHARED, VOCAB_SIZE, character_tokenizer
 
-SMALL = {
+SAME: dict[str, Any] = dict(SHARED)
+SMALL: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, **SHARED,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, **SAME,
 }  # fmt: skip
 MORE_CONFIGS: dict[str, tuple[PretrainedConfig, str]] = {
     "gemma2": (
@@ -47,12 +48,10 @@ MORE_CONFIGS: dict[str, tuple[PretrainedConfig, str]] = {
     ),
     "granite": (GraniteConfig(**SMALL, logits_scaling=4.0), "packed"),
     "mistral": (MistralConfig(**SMALL, sliding_window=16), "packed"),
-    "bloom": (BloomConfig(hidden_size=32, n_layer=2, n_head=4, seq_length=512, **SHARED), "rows"),
-    "mpt": (MptConfig(d_model=32, n_layers=2, n_heads=4, max_seq_len=512, **SHARED), "rows"),
+    "bloom": (BloomConfig(hidden_size=32, n_layer=2, n_head=4, **SAME), "rows"),
+    "mpt": (MptConfig(d_model=32, n_layers=2, n_heads=4, max_seq_len=512, **SAME), "rows"),
     "mamba": (
-        MambaConfig(
-            hidden_size=32, num_hidden_layers=2, state_size=8, max_position_embeddings=512, **SHARED
-        ),
+        MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=8, **SAME),
         "plain",
     ),
 }
@@ -273,7 +272,7 @@ def test_one_engine_follows_changed_weights(fresh_pico: Callable[..., LanguageMo
     engine = Engine(model)
     before = engine.run(requests)
     with torch.no_grad():
-        model.module.get_input_embeddings().weight.mul_(0.5)
+        next(model.module.parameters()).mul_(0.5)
     after = engine.run(requests)
     assert after != before
     assert_same(after, Engine(model, share=False).run(requests), requests)
@@ -315,7 +314,8 @@ def test_half_precision_shares_too(fresh_pico: Callable[..., LanguageModel]) -> 
     model = fresh_pico("llama")
     requests = [r for r in some_requests(10) if isinstance(r, LogLikelihood)]
     exact = Engine(model).run(requests)
-    halved = replace(model, module=model.module.to(torch.bfloat16), dtype="bfloat16")
+    module: Any = model.module
+    halved = replace(model, module=module.to(torch.bfloat16), dtype="bfloat16")
     engine = Engine(halved)
     found = engine.run(requests)
     assert engine.sharing == "packed"

@@ -57,7 +57,7 @@ def _split_file(path: Path, seed: int) -> Task:
     test, validation = shuffled[:num_test], shuffled[num_test : num_test + num_validation]
     train = shuffled[num_test + num_validation :]
     return Task(
-        name=path.stem,
+        name=path.name,
         kind="choice" if content.examples[0].choices else "exact",
         version=1,
         domain="user",

@@ -28,7 +28,7 @@ from keepshot.scoring.request import (
 
 ANSWERS_PER_BATCH = 1 / 20
 """Decoding waits for batch tokens times this many answers, so that a step is worth its while."""
-KEYS_PER_BATCH = 2
+KEYS_PER_BATCH = 1
 """It waits no longer once it holds this many keys for each batch token: all are looked at."""
 
 

@@ -137,17 +137,11 @@ CATALOG: dict[str, TaskEntry] = {
         "exact", "arithmetic", "unknown sign", "digits side by side under an unknown sign",
         procedural.private_concatenation,
     ),
-    "sequence": _code(
-        "exact", "arithmetic", "arithmetic", "four numbers -> the fifth", procedural.sequence
-    ),
     "largest": _code(
         "exact", "arithmetic", "comparison", "three numbers -> the largest", procedural.largest
     ),
     "date-format": _code(
         "exact", "format", "reformatting", "2012-06-14 -> !06!14!2012!", procedural.date_format
-    ),
-    "clock-format": _code(
-        "exact", "format", "reformatting", "15:40 -> 3.40 pm", procedural.clock_format
     ),
     "reference-format": _code(
         "exact", "format", "reformatting", "page 17 of part 4 -> 4:17", procedural.reference_format
@@ -220,8 +214,8 @@ SUITES: dict[str, tuple[str, ...]] = {
     "core": CORE,
     "full": (
         *CORE, "country-demonym", "country-continent", "english-spanish", "plural", "comparative",
-        "opposite", "word-group", "sentence-feeling", "sentence-language", "sequence", "largest",
-        "number-spelling", "clock-format", "pick-animal", "pick-colour", "extract-phone",
+        "opposite", "word-group", "sentence-feeling", "sentence-language", "largest",
+        "number-spelling", "pick-animal", "pick-colour", "extract-phone",
         "extract-day",
     ),
     "anchors": tuple(name for name, entry in CATALOG.items() if entry.role == "anchor"),

@@ -43,15 +43,6 @@ def private_concatenation(generator: Generator) -> list[Example]:
     return [Example(f"{a} # {b}", f"{a}{b}") for a, b in _shuffled(pairs, generator)]
 
 
-def sequence(generator: Generator) -> list[Example]:
-    """`3, 5, 7, 9` -> `11`."""
-    starts = [(a, step) for a in range(1, 60) for step in range(1, 11)]
-    return [
-        Example(", ".join(str(a + i * step) for i in range(4)), str(a + 4 * step))
-        for a, step in _shuffled(starts, generator)[:NUM_MADE]
-    ]
-
-
 def largest(generator: Generator) -> list[Example]:
     """`14, 83, 27` -> `83`."""
     return _made(generator, lambda g: _numbers_question(_integers(g, 3, 10, 100), max))
@@ -65,18 +56,6 @@ def date_format(generator: Generator) -> list[Example]:
         return Example(f"{year}-{month:02}-{day:02}", f"!{month:02}!{day:02}!{year}!")
 
     return _made(generator, make)
-
-
-def clock_format(generator: Generator) -> list[Example]:
-    """`15:40` -> `3.40 pm`."""
-    times = [(hour, minute) for hour in range(24) for minute in range(0, 60, 5)]
-    return [
-        Example(
-            f"{hour:02}:{minute:02}",
-            f"{(hour - 1) % 12 + 1}.{minute:02} {'am' if hour < 12 else 'pm'}",
-        )
-        for hour, minute in _shuffled(times, generator)
-    ]
 
 
 def reference_format(generator: Generator) -> list[Example]:
