@@ -52,7 +52,7 @@ class Screen:
         """Begin a stage."""
         self._bar.reset(self._stage, description=escape(title), total=None, detail="", visible=True)
         if not self._console.is_terminal and title != self._last_stage:
-            self._console.print(escape(title), highlight=False)
+            self._console.print(escape(title), highlight=False, soft_wrap=True)
         self._last_stage = title
 
     def update(self, done: int, total: int, detail: str = "") -> None:
@@ -62,7 +62,7 @@ class Screen:
 
     def note(self, text: str) -> None:
         """Print one line that stays."""
-        self._console.print(escape(text), highlight=False)
+        self._console.print(escape(text), highlight=False, soft_wrap=True)
 
 
 def show_document(document: ResultDocument, out_dir: Path | None) -> None:

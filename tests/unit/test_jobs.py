@@ -152,7 +152,13 @@ def test_a_gate_that_does_not_hold_leaves_with_3(
 def test_an_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(workplace: Path) -> None:
     command = [sys.executable, "-m", "keepshot", "run", "recipe.yaml", "--out"]
     subprocess.run([*command, "whole"], check=True, capture_output=True)
-    process = subprocess.Popen([*command, "out"], stderr=subprocess.PIPE, text=True)
+    # Where the tests run in the background, Ctrl-C is ignored, and children would inherit that.
+    process = subprocess.Popen(
+        [*command, "out"],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     parts = workplace / ".out.unfinished" / "parts"
     deadline = time.monotonic() + 120
     while not (parts / "plain.parquet").exists():

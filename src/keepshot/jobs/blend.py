@@ -86,15 +86,9 @@ def _questions(spec: BlendSpec, store: AssetStore, progress: Progress) -> Questi
     progress.stage("reading tasks")
     target = load_target(spec.target, store) if spec.target else None
     measuring = Measuring(tasks=spec.tasks, shots=spec.shots, seeds=spec.seeds, limit=spec.limit)
-    others = read_tasks(measuring, store)
+    others = read_tasks(measuring, store, validation=True)
     if target and target.name in {task.name for task in others}:
         raise ConfigError(f"task {target.name!r} is the target; leave it out of --tasks")
-    for task in [*others, target] if target else others:
-        if not task.validation:
-            raise ConfigError(
-                f"task {task.name!r} has no validation items to pick lambda on; "
-                "give a file with more rows, or another task"
-            )
     return Questions(target, others, measuring, spec.seed)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from keepshot import records
 from keepshot.assets import AssetStore
 from keepshot.errors import ConfigError, unknown
 from keepshot.jobs.specs import MeasureSpec, Measuring
+from keepshot.jobs.target import is_file
 from keepshot.jobs.workspace import Workspace
 from keepshot.models.loading import LanguageModel, load
 from keepshot.models.reference import parse_reference
@@ -19,7 +21,7 @@ from keepshot.scoring.engine import Engine
 from keepshot.scoring.evaluate import Plan, ask, measure
 from keepshot.scoring.request import tokens_to_read
 from keepshot.scoring.summary import scores, summarise
-from keepshot.tasks.catalog import resolve_tasks
+from keepshot.tasks.catalog import resolve_tasks, task_from_file
 from keepshot.tasks.task import Task
 
 
@@ -79,14 +81,31 @@ def measure_models(
     return Measured(document, items)
 
 
-def read_tasks(measuring: Measuring, store: AssetStore) -> tuple[Task, ...]:
+def read_tasks(
+    measuring: Measuring, store: AssetStore, *, validation: bool = False
+) -> tuple[Task, ...]:
     """Return the tasks of `measuring`, in another template if it names one.
+
+    Args:
+        measuring: names tasks, shots and template.
+        store: where assets are cached.
+        validation: a user's file is used whole for test items; with this, half of them become
+            validation items, to choose on.
 
     Raises:
         ConfigError: if there is no such template.
         TaskError: if a task does not exist, or has fewer demonstrations than shots.
     """
-    tasks = resolve_tasks(measuring.tasks, store, shots=max(measuring.shots))
+    names = [name for text in measuring.tasks for name in text.split(",")]
+    tasks = resolve_tasks(names, store, shots=max(measuring.shots))
+    if validation:
+        halved = {Path(name).name: Path(name) for name in names if is_file(name)}
+        tasks = [
+            task_from_file(halved[task.name], validation_share=0.5, shots=max(measuring.shots))
+            if task.name in halved
+            else task
+            for task in tasks
+        ]
     check_shots(tasks, measuring.shots)
     if measuring.template is None:
         return tuple(tasks)
@@ -159,6 +178,7 @@ class Ledger:
     def __init__(self, workspace: Workspace | None, progress: Progress) -> None:
         self.cost = Cost()
         self._workspace, self._progress = workspace, progress
+        self._engine: Engine | None = None
 
     def measured(
         self,
@@ -186,12 +206,25 @@ class Ledger:
         for plan in plans:
             title = f"{arm}: measuring" if lam is None else f"{arm}: measuring at lambda {lam:g}"
             self._progress.stage(title)
-            found = measure(live, plan, arm=arm, lam=lam, progress=self._progress.update)
+            found = measure(
+                live,
+                plan,
+                arm=arm,
+                lam=lam,
+                engine=self._engine_of(live),
+                progress=self._progress.update,
+            )
             rows += found.items
             self.cost = add_costs(self.cost, found.cost)
         if path:
             records.write_items(rows, path)
         return rows
+
+    def _engine_of(self, model: LanguageModel) -> Engine:
+        """Return an engine, the same one along a path: its start-up trial takes a second."""
+        if self._engine is None or self._engine.model is not model:
+            self._engine = Engine(model)
+        return self._engine
 
 
 def model_record(model: LanguageModel) -> ModelRecord:

@@ -77,7 +77,7 @@ class _Run:
             check_rule(parse_rule(spec.blended.pick), (0.0, *spec.blended.lambdas), True)
         progress.stage("reading tasks")
         self.target = load_target(spec.data, store)
-        self.tasks = read_tasks(spec.measure, store)
+        self.tasks = read_tasks(spec.measure, store, validation=spec.blended is not None)
         self._check_separation()
         self.items: list[ItemResult] = []
         self.models: list[ModelRecord] = []
@@ -103,7 +103,7 @@ class _Run:
 
     def measure_before(self) -> None:
         """Measure the model as it is, on test items."""
-        self._measure("before", lambda: self._load(self.spec.model))
+        self._measure("before", lambda: self._load("before", self.spec.model))
 
     def tune(self, arm: TunedArm) -> None:
         """Train one arm from the untouched model, write it, and measure it on test items."""
@@ -113,8 +113,8 @@ class _Run:
 
         def trained() -> LanguageModel:
             if record_path.exists():
-                return self._load(str(trained_dir))
-            model = self._load(self.spec.model)
+                return self._load(arm, str(trained_dir))
+            model = self._load(arm, self.spec.model)
             self.progress.stage(f"{arm}: tuning")
             record = train(
                 recipe,
@@ -133,8 +133,8 @@ class _Run:
 
     def blend(self, arm: BlendArm) -> None:
         """Measure plain's path on validation items, pick lambda, write and measure the blend."""
-        base = self._load(self.spec.model)
-        plain = self._load(str(self.workspace.part("plain")))
+        base = self._load("blended", self.spec.model)
+        plain = self._load("blended", str(self.workspace.part("plain")))
         measuring = Measuring(
             tasks=self.spec.measure.tasks,
             shots=(max(self.spec.measure.shots),),
@@ -160,13 +160,13 @@ class _Run:
         if not (blended_dir / "blend.json").exists():
             self.progress.stage(f"blended: writing lambda {lam:g}")
             write(base.path, plain.path, lam, blended_dir)
-        self._measure("blended", lambda: self._load(str(blended_dir)), lam=lam)
+        self._measure("blended", lambda: self._load("blended", str(blended_dir)), lam=lam)
 
     # -- parts -----------------------------------------------------------------------------
 
-    def _load(self, reference: str) -> LanguageModel:
+    def _load(self, arm: str, reference: str) -> LanguageModel:
         gc.collect()
-        self.progress.stage(f"loading {reference}")
+        self.progress.stage(f"{arm}: loading")
         return load(
             reference,
             self.store,

@@ -96,11 +96,6 @@ def differ(first: Measured, second: Measured) -> bool:
     return abs(one - two) > math.hypot(high_1 - low_1, high_2 - low_2) / 2
 
 
-def _weighted(scores: Sequence[Score]) -> float:
-    total = sum(score.num_items for score in scores)
-    return sum(score.value * score.num_items for score in scores) / max(total, 1)
-
-
 def ability_scores(document: ResultDocument, shots: int) -> list[Score]:
     """Return the scores that few-shot ability is made of: all but the target's."""
     target = document.target_task
