@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import string
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def character_tokenizer(*, add_bos: bool = False) -> PreTrainedTokenizerFast:
 def pico_model(family: str, seed: int = 0) -> LanguageModel:
     """A tiny random float32 model whose logits differ enough between tokens to be told apart."""
     torch.manual_seed(seed)
-    module = AutoModelForCausalLM.from_config(PICO_CONFIGS[family])
+    module = AutoModelForCausalLM.from_config(copy.deepcopy(PICO_CONFIGS[family]))
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.ndim > 1:

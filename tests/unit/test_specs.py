@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import ClassVar
 
 import pytest
+from pydantic import Field
 
 from keepshot.errors import ConfigError
 from keepshot.specs import Spec, apply_overrides, read_yaml
@@ -19,7 +18,7 @@ class Inner(Spec):
 
 class Outer(Spec):
     no_effect_on_results: ClassVar[frozenset[str]] = frozenset({"log_every"})
-    arms: Mapping[str, Inner] = MappingProxyType({})
+    arms: dict[str, Inner] = Field(default_factory=dict)
     log_every: int = 10
     name: str
 
