@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from keepshot import records
 from keepshot.assets import AssetStore
 from keepshot.errors import ConfigError, unknown
 from keepshot.jobs.specs import MeasureSpec, Measuring
-from keepshot.jobs.target import is_file
 from keepshot.jobs.workspace import Workspace
 from keepshot.models.loading import LanguageModel, load
 from keepshot.models.reference import parse_reference
@@ -21,7 +19,7 @@ from keepshot.scoring.engine import Engine
 from keepshot.scoring.evaluate import Plan, ask, measure
 from keepshot.scoring.request import tokens_to_read
 from keepshot.scoring.summary import scores, summarise
-from keepshot.tasks.catalog import resolve_tasks, task_from_file
+from keepshot.tasks.catalog import resolve_tasks
 from keepshot.tasks.task import Task
 
 
@@ -96,16 +94,12 @@ def read_tasks(
         ConfigError: if there is no such template.
         TaskError: if a task does not exist, or has fewer demonstrations than shots.
     """
-    names = [name for text in measuring.tasks for name in text.split(",")]
-    tasks = resolve_tasks(names, store, shots=max(measuring.shots))
-    if validation:
-        halved = {Path(name).name: Path(name) for name in names if is_file(name)}
-        tasks = [
-            task_from_file(halved[task.name], validation_share=0.5, shots=max(measuring.shots))
-            if task.name in halved
-            else task
-            for task in tasks
-        ]
+    tasks = resolve_tasks(
+        measuring.tasks,
+        store,
+        shots=max(measuring.shots),
+        validation_share=0.5 if validation else 0.0,
+    )
     check_shots(tasks, measuring.shots)
     if measuring.template is None:
         return tuple(tasks)

@@ -6,18 +6,13 @@ from pathlib import Path
 
 from keepshot.assets import AssetStore
 from keepshot.errors import TaskError
-from keepshot.tasks.catalog import CATALOG, load_task
+from keepshot.tasks.catalog import CATALOG, is_path, load_task
 from keepshot.tasks.source import read_examples_file
 from keepshot.tasks.task import Task, group_by_input, seeded
 
 MIN_ROWS = 20
 VALIDATION_SHARE, MOST_VALIDATION = 0.1, 100
 TEST_SHARE, MOST_TEST = 0.2, 200
-
-
-def is_file(name: str) -> bool:
-    """Say whether `name` is meant as a path rather than as an embedded task."""
-    return name not in CATALOG and ("/" in name or "." in name or Path(name).exists())
 
 
 def load_target(name: str, store: AssetStore, *, seed: int = 0) -> Task:
@@ -30,7 +25,7 @@ def load_target(name: str, store: AssetStore, *, seed: int = 0) -> Task:
         TaskError: if there is no such task or file, a row cannot be used, there are too few, or an
             embedded task has nothing to train on.
     """
-    if is_file(name):
+    if is_path(name):
         return _split_file(Path(name), seed)
     task = load_task(name, store)
     if not task.train:

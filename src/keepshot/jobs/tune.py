@@ -9,14 +9,14 @@ from keepshot import records
 from keepshot.assets import AssetStore
 from keepshot.jobs.measure import model_record
 from keepshot.jobs.specs import TuneSpec
-from keepshot.jobs.target import is_file, load_target
+from keepshot.jobs.target import load_target
 from keepshot.jobs.workspace import Workspace
 from keepshot.models.loading import load
 from keepshot.models.reference import parse_reference
 from keepshot.progress import Progress
 from keepshot.prompts import Template
 from keepshot.records import ResultDocument
-from keepshot.tasks.catalog import resolve_tasks
+from keepshot.tasks.catalog import is_path, resolve_tasks
 from keepshot.tasks.source import Row, read_rows
 from keepshot.tasks.task import Task
 from keepshot.tuning.data import hold_out
@@ -87,7 +87,7 @@ def general_rows(recipe: Recipe) -> list[Row]:
 
 def _rows(recipe: Recipe, store: AssetStore) -> tuple[Sequence[Row], Sequence[Row], Template]:
     """Return rows to train on, rows held out, and the template of `{input, output}` rows."""
-    if is_file(recipe.data):
+    if is_path(recipe.data):
         path = Path(recipe.data)
         rows = read_rows(path)
         held = hold_out(rows, share=VALIDATION_SHARE, seed=recipe.seed)

@@ -222,17 +222,26 @@ SUITES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def load_task(name_or_path: str, store: AssetSource, *, seed: int = 0, shots: int = 0) -> Task:
+def load_task(
+    name_or_path: str,
+    store: AssetSource,
+    *,
+    seed: int = 0,
+    shots: int = 0,
+    validation_share: float = 0.0,
+) -> Task:
     """Build an embedded task, or the task that an examples file makes.
 
-    Embedded tasks are split once for all; `seed` and `shots` bear on files alone.
+    Embedded tasks are split once for all; the keywords bear on files alone (`task_from_file`).
 
     Raises:
         TaskError: if there is no such task or file, or the file cannot be used.
         AssetError: if a pinned package cannot be had.
     """
-    if _is_path(name_or_path):
-        return task_from_file(Path(name_or_path), seed=seed, shots=shots)
+    if is_path(name_or_path):
+        return task_from_file(
+            Path(name_or_path), seed=seed, shots=shots, validation_share=validation_share
+        )
     if name_or_path not in CATALOG:
         listing = "`keepshot tasks` lists all, and an examples file is named by its path"
         raise TaskError(unknown("task", name_or_path, [*CATALOG, *SUITES], listing))
@@ -240,7 +249,12 @@ def load_task(name_or_path: str, store: AssetSource, *, seed: int = 0, shots: in
 
 
 def resolve_tasks(
-    names: Sequence[str], store: AssetSource, seed: int = 0, *, shots: int = 0
+    names: Sequence[str],
+    store: AssetSource,
+    seed: int = 0,
+    *,
+    shots: int = 0,
+    validation_share: float = 0.0,
 ) -> list[Task]:
     """Build the tasks that `names` stand for: suites, tasks and paths, also joined by commas.
 
@@ -252,6 +266,7 @@ def resolve_tasks(
         store: Gives the pinned packages.
         seed: For the split of files.
         shots: The most shots that will be asked of a file; see `task_from_file`.
+        validation_share: Share of a file's questions to choose on; see `task_from_file`.
 
     Raises:
         TaskError: as `load_task`, and if nothing is named.
@@ -260,7 +275,11 @@ def resolve_tasks(
     wanted = dict.fromkeys(one for name in mentioned for one in SUITES.get(name, (name,)))
     if not wanted:
         raise TaskError(f"no task is named; name suites ({', '.join(SUITES)}), tasks or files")
-    files = {n: load_task(n, store, seed=seed, shots=shots) for n in wanted if n not in CATALOG}
+    files = {
+        name: load_task(name, store, seed=seed, shots=shots, validation_share=validation_share)
+        for name in wanted
+        if name not in CATALOG
+    }
     _check_file_names(list(files))
     return [files[name] if name in files else load_task(name, store) for name in wanted]
 
@@ -367,5 +386,8 @@ def _flat(groups: Sequence[list[Example]]) -> tuple[Example, ...]:
     return tuple(example for group in groups for example in group)
 
 
-def _is_path(text: str) -> bool:
+def is_path(text: str) -> bool:
+    """Say whether `text` is meant as the path of an examples file, not as an embedded task."""
+    if text in CATALOG:
+        return False
     return text.endswith(SUFFIXES) or "/" in text or "\\" in text or Path(text).is_file()
