@@ -103,6 +103,9 @@ class SummaryRow(_Record):
     icl_gain: float | None
     retention: float | None
     retention_ci95: tuple[float, float] | None
+    changed: float | None = None
+    """Share of answers, right or wrong, that are not those of the first arm; mean over tasks."""
+    changed_ci95: tuple[float, float] | None = None
     target: float | None = None
     target_ci95: tuple[float, float] | None = None
     num_items: int

@@ -35,7 +35,7 @@ def summary_table(document: ResultDocument) -> Table:
         table.add_column("target, 0 shots", justify="right")
     for number in shots:
         table.add_column(f"{number} shots", justify="right")
-    for title in ("gain", "retention", "n"):
+    for title in ("gain", "retention", "changed", "n"):
         table.add_column(title, justify="right")
     for arm in listed:
         cells = [_name(names[arm.name], arm.row.lam)]
@@ -46,7 +46,9 @@ def summary_table(document: ResultDocument) -> Table:
             full = len(shots) <= 2 or number == shots[-1]
             cells.append(_scored(row.icl if row else None, row.icl_ci95 if row and full else None))
         kept = f"{percent(arm.row.retention)} {percent_interval(arm.row.retention_ci95)}"
-        cells += [Text(t.strip()) for t in (score(arm.row.icl_gain), kept, f"{arm.row.num_items}")]
+        changed = percent(arm.row.changed) if arm is not listed[0] else ""
+        ends = (score(arm.row.icl_gain), kept, changed, f"{arm.row.num_items}")
+        cells += [Text(t.strip()) for t in ends]
         table.add_row(*cells)
     return table
 

@@ -7,7 +7,7 @@ demonstrations, and a summary refuses rows for which that does not hold.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -76,6 +76,7 @@ def summarise(items: Sequence[ItemResult], *, target: str | None = None) -> list
         for shots in table.shots:
             icl = table.icl(shots)
             kept = table.retention(reference, shots)
+            changed = table.changed(reference, shots)
             rows.append(
                 SummaryRow(
                     arm=arm,
@@ -87,6 +88,8 @@ def summarise(items: Sequence[ItemResult], *, target: str | None = None) -> list
                     icl_gain=None if at_zero is None else icl.value - at_zero.value,
                     retention=kept.value if kept else None,
                     retention_ci95=kept.ci95 if kept else None,
+                    changed=changed.value,
+                    changed_ci95=changed.ci95,
                     target=score.value if score else None,
                     target_ci95=score.ci95 if score else None,
                     num_items=table.num_items(shots),
@@ -145,6 +148,14 @@ def _chance(cell: Sequence[ItemResult]) -> float:
     return float(np.mean([1.0 / len(item.choices) if item.choices else 0.0 for item in cell]))
 
 
+def _correct(item: ItemResult) -> float:
+    return item.correct
+
+
+def _place(item: ItemResult) -> tuple[str, int, str]:
+    return item.task, item.seed, item.item
+
+
 class _Table:
     """One arm's scores as a matrix [draws, items] for each (task, shots)."""
 
@@ -159,33 +170,44 @@ class _Table:
         self._rows = cells
         self.shots = sorted({shots for _, shots in cells})
 
-    def _matrices(self, shots: int) -> tuple[list[Matrix], list[float]]:
+    def _matrices(self, shots: int, value: Callable[[ItemResult], float]) -> list[Matrix]:
         matrices: list[Matrix] = []
-        chances: list[float] = []
-        for (_, cell_shots), rows in sorted(self._rows.items()):
-            if cell_shots != shots:
-                continue
+        for rows in self._cells(shots):
             seeds = sorted({seed for seed, _ in rows})
             names = sorted({name for _, name in rows})
             assert len(rows) == len(seeds) * len(names), "every draw must see the same items"
-            matrices.append(
-                np.array([[rows[seed, name].correct for name in names] for seed in seeds])
-            )
-            chances.append(_chance(list(rows.values())))
-        return matrices, chances
+            matrices.append(np.array([[value(rows[seed, n]) for n in names] for seed in seeds]))
+        return matrices
+
+    def _cells(self, shots: int) -> list[dict[tuple[int, str], ItemResult]]:
+        return [rows for (_, cell_shots), rows in sorted(self._rows.items()) if cell_shots == shots]
 
     def icl(self, shots: int) -> Interval:
-        matrices, _ = self._matrices(shots)
+        matrices = self._matrices(shots, _correct)
         return stats.mean_over_tasks(matrices, np.random.default_rng(BOOTSTRAP_SEED))
 
     def retention(self, before: _Table, shots: int) -> Interval | None:
+        self._check_pairing(before, shots)
+        return stats.retention(
+            self._matrices(shots, _correct),
+            before._matrices(shots, _correct),
+            [_chance(list(rows.values())) for rows in self._cells(shots)],
+            np.random.default_rng(BOOTSTRAP_SEED),
+        )
+
+    def changed(self, before: _Table, shots: int) -> Interval:
+        """Return the share of answers that are not `before`'s, right or wrong."""
+        self._check_pairing(before, shots)
+        answers = {
+            _place(item): item.answer for rows in before._cells(shots) for item in rows.values()
+        }
+        matrices = self._matrices(shots, lambda item: float(item.answer != answers[_place(item)]))
+        return stats.mean_over_tasks(matrices, np.random.default_rng(BOOTSTRAP_SEED))
+
+    def _check_pairing(self, before: _Table, shots: int) -> None:
         keys = {cell: names for cell, names in self._keys.items() if cell[1] == shots}
         paired = {cell: names for cell, names in before._keys.items() if cell[1] == shots}
-        assert keys == paired, "retention needs the same tasks, draws and items in both arms"
-        after, chances = self._matrices(shots)
-        return stats.retention(
-            after, before._matrices(shots)[0], chances, np.random.default_rng(BOOTSTRAP_SEED)
-        )
+        assert keys == paired, "arms are compared on the same tasks, draws and items"
 
     def target_score(self) -> Interval | None:
         if not self._target_items:
