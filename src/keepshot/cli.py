@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -381,9 +383,10 @@ def _print_json(content: object) -> None:
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    from keepshot.table import show_table
+    from keepshot.table import format_table
 
-    show_table(columns, rows)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    typer.echo(format_table(columns, rows, width))
 
 
 def _print_plan(costs: list[dict[str, object]], as_json: bool) -> None:
