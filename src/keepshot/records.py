@@ -229,10 +229,23 @@ def write_items(items: Sequence[ItemResult], path: Path) -> None:
 
 
 def read_items(path: Path) -> list[ItemResult]:
-    """Read the rows that `write_items` wrote."""
+    """Read the rows that `write_items` wrote.
+
+    Raises:
+        ConfigError: if they cannot be read.
+    """
     names = {field.name for field in fields(ItemResult)}
-    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    rows: list[dict[str, Any]] = read_item_table(path).to_pylist()
     return [ItemResult(**{key: row[key] for key in names}) for row in rows]
+
+
+def read_item_table(path: Path) -> pa.Table:
+    """Read the rows that `write_items` wrote, as a table; raises as `read_items` does."""
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ConfigError(f"{path}: cannot be read as parquet ({reason}); run again") from None
 
 
 def write_text(text: str, path: Path) -> None:

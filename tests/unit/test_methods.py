@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,3 +193,19 @@ def test_seeding_leaves_the_callers_randomness_alone():
         torch.rand(5)
     assert torch.equal(first, expected[0])
     assert torch.equal(torch.rand(2), expected[1])
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+@pytest.mark.parametrize("method", [Full(), LoRA(rank=2)], ids=lambda method: method.name)
+def test_what_is_written_follows_the_umask(
+    method: Full | LoRA, umask: int, mode: int, fresh_pico: Build, tmp_path: Path
+):
+    """The weights used to be 0600, as safetensors creates them, beside files of 0644."""
+    model = fresh_pico("llama")
+    before = os.umask(umask)
+    try:
+        place = export(prepare(method, model.module, 0), model, tmp_path)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in place.iterdir()} == {mode}
+    assert stat.S_IMODE(place.stat().st_mode) == mode | (mode & 0o444) >> 2

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from keepshot import records
 from keepshot.assets import AssetStore
+from keepshot.blending.blend import check_lambda
 from keepshot.blending.pick import check_rule, parse_rule, pick
 from keepshot.blending.sweep import sweep
 from keepshot.blending.write import check_inputs, write
@@ -66,6 +67,7 @@ def blend(
         parse_reference(reference)
     if spec.sweep is None:
         assert spec.lam is not None
+        check_lambda(spec.lam)
         base, tuned = _load_both(spec, store, workspace, progress)
         _write(base, tuned, spec.lam, workspace, progress)
         empty = ResultDocument(

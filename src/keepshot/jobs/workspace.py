@@ -7,6 +7,7 @@ nothing was finished, nothing is left.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -55,6 +56,7 @@ class Workspace:
         records.claim(self.out_dir, overwrite=overwrite)
         self.path = self.out_dir.parent / f".{self.out_dir.name}.unfinished"
         self._spec = spec
+        self._made = [parent for parent in self.path.parents if not parent.exists()]
         self._mark = self.path / "fingerprint"
         self._wanted = f"{type(spec).__name__} {spec.fingerprint()} keepshot {__version__}"
         if self._mark.exists() and not overwrite and not self._is_ours():
@@ -86,6 +88,9 @@ class Workspace:
             return
         if not any(any(self.path.rglob(pattern)) for pattern in FINISHED_PARTS):
             shutil.rmtree(self.path, ignore_errors=True)
+            for parent in self._made:
+                with contextlib.suppress(OSError):  # something else lies there by now
+                    parent.rmdir()
         if is_full_disk(error) and not isinstance(error, UserError):
             raise OutputError(
                 f"{self.out_dir}: the disk is full; free some space and start again, which goes on "
