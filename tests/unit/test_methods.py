@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cases import FAMILIES
 from keepshot.errors import ConfigError, ModelError, TrainingError
 from keepshot.models.adapter import check_base
 from keepshot.models.anatomy import anatomy
@@ -20,9 +21,7 @@ from keepshot.prompts import Example
 from keepshot.tuning.methods import detach_, export, prepare, seeded
 from keepshot.tuning.recipe import Full, LoRA, Recipe, ValueOnly
 from keepshot.tuning.train import train
-from pico import PICO_CONFIGS
 
-FAMILIES = sorted(PICO_CONFIGS)
 EXAMPLES = [Example(word, word[0].upper()) for word in ("apple", "berry", "cherry", "date")]
 IDS = torch.arange(3, 40).reshape(1, -1)
 Build = Callable[..., LanguageModel]
