@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -81,8 +84,8 @@ def run(
         screen.stage("starting")
         from keepshot.jobs.run import run as run_job
 
-        workspace = _workspace(out, spec.name, spec, overwrite)
-        measured = run_job(spec, _store(accept_licence), workspace, screen)
+        with _workspace(out, spec.name, spec, overwrite) as workspace:
+            measured = run_job(spec, _store(accept_licence), workspace, screen)
     _show(measured.document, as_json, workspace.out_dir)
     _check_gate(measured.document, require_retention)
 
@@ -124,8 +127,8 @@ def measure(
         if plan:
             costs = plan_cost(spec, store, screen)
             return _print_plan(costs, as_json)
-        workspace = _workspace(out, "", spec, overwrite) if out else None
-        measured = measure_models(spec, store, workspace, screen)
+        with _workspace(out, "", spec, overwrite) if out else nullcontext() as workspace:
+            measured = measure_models(spec, store, workspace, screen)
     _show(measured.document, as_json, out)
     _check_gate(measured.document, require_retention)
 
@@ -157,8 +160,8 @@ def tune(
         screen.stage("starting")
         from keepshot.jobs.tune import tune as tune_job
 
-        workspace = _workspace(out, "tuned", spec, overwrite)
-        document = tune_job(spec, _store(accept_licence), workspace, screen)
+        with _workspace(out, "tuned", spec, overwrite) as workspace:
+            document = tune_job(spec, _store(accept_licence), workspace, screen)
     _show(document, as_json, workspace.out_dir)
 
 
@@ -205,8 +208,8 @@ def blend(
         screen.stage("starting")
         from keepshot.jobs.blend import blend as blend_job
 
-        workspace = _workspace(out, "blend", spec, overwrite)
-        document = blend_job(spec, _store(accept_licence), workspace, screen)
+        with _workspace(out, "blend", spec, overwrite) as workspace:
+            document = blend_job(spec, _store(accept_licence), workspace, screen)
     _show(document, as_json, workspace.out_dir)
 
 
@@ -381,9 +384,10 @@ def _print_json(content: object) -> None:
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    from keepshot.table import show_table
+    from keepshot.table import format_table
 
-    show_table(columns, rows)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    typer.echo(format_table(columns, rows, width))
 
 
 def _print_plan(costs: list[dict[str, object]], as_json: bool) -> None:

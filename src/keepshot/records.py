@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -20,9 +22,10 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
 
 from keepshot import __version__
-from keepshot.errors import ConfigError, OutputError
+from keepshot.errors import ConfigError, OutputError, is_full_disk
 
 Split = Literal["validation", "test"]
 
@@ -229,10 +232,23 @@ def write_items(items: Sequence[ItemResult], path: Path) -> None:
 
 
 def read_items(path: Path) -> list[ItemResult]:
-    """Read the rows that `write_items` wrote."""
+    """Read the rows that `write_items` wrote.
+
+    Raises:
+        ConfigError: if they cannot be read.
+    """
     names = {field.name for field in fields(ItemResult)}
-    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    rows: list[dict[str, Any]] = read_item_table(path).to_pylist()
     return [ItemResult(**{key: row[key] for key in names}) for row in rows]
+
+
+def read_item_table(path: Path) -> pa.Table:
+    """Read the rows that `write_items` wrote, as a table; raises as `read_items` does."""
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ConfigError(f"{path}: cannot be read as parquet ({reason}); run again") from None
 
 
 def write_text(text: str, path: Path) -> None:
@@ -248,14 +264,11 @@ def replacing(path: Path) -> Generator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _output_error(error, path) from error
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = _beside(path)
     try:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
         raise _output_error(error, path) from error
@@ -273,17 +286,17 @@ def building_directory(out_dir: Path, *, overwrite: bool = False) -> Generator[P
     """
     claim(out_dir, overwrite=overwrite)
     try:
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-        temporary.chmod(0o755)
+        temporary = _beside(out_dir)
+        temporary.mkdir(parents=True)
     except OSError as error:
         raise _output_error(error, out_dir) from error
     try:
         yield temporary
+        _follow_umask(temporary)
         if out_dir.exists():
             shutil.rmtree(out_dir)
         temporary.replace(out_dir)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise _output_error(error, out_dir) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -304,8 +317,8 @@ def claim(out_dir: Path, *, overwrite: bool = False) -> None:
     existing = next(parent for parent in out_dir.absolute().parents if parent.exists())
     try:
         # Only writing shows whether a place can be written: permissions do not say it for root.
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(bytes(_PROBE_BYTES))
     except OSError as error:
         raise _output_error(error, out_dir) from error
 
@@ -313,18 +326,28 @@ def claim(out_dir: Path, *, overwrite: bool = False) -> None:
 _UNWRITABLE = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT,
 }  # fmt: skip
+_PROBE_BYTES = 4096
 
 
-def _output_error(error: OSError, path: Path) -> Exception:
-    if error.errno == errno.ENOSPC:
+def _output_error(error: Exception, path: Path) -> Exception:
+    if is_full_disk(error):
         return OutputError(f"{path}: the disk is full; free some space or choose another --out")
-    if error.errno in (
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-        errno.ENOTDIR,
-        errno.EEXIST,
-        errno.ENOENT,
-    ):
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         return OutputError(f"{path}: cannot be written ({error.strerror}); choose another --out")
     return error
+
+
+def _beside(path: Path) -> Path:
+    """Return a hidden name of its own beside `path`; what is made there follows the umask."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+def _follow_umask(folder: Path) -> None:
+    """Give every file the mode of one that is simply opened: safetensors makes its own 0600."""
+    probe = _beside(folder / "mode")
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)

@@ -84,27 +84,6 @@ def test_no_anchor_question_occurs_in_a_measured_task(built: dict[str, Task]) ->
         assert not questions(built[name]) & asked, name
 
 
-@pytest.mark.parametrize("name", list(CATALOG))
-def test_every_task_builds_with_disjoint_splits(name: str, built: dict[str, Task]) -> None:
-    task, entry = built[name], CATALOG[name]
-    splits = [task.demonstrations, task.validation, task.test, task.train]
-    inputs = [e.input.strip().casefold() for split in splits for e in split]
-    assert len(set(inputs)) == len(inputs)
-    assert len(task.demonstrations) >= 32
-    assert len(task.validation) >= 35
-    assert 50 <= len(task.test) <= 240
-    assert (task.kind, task.domain, task.version) == (entry.kind, entry.domain, entry.version)
-    assert bool(task.train) == (entry.role == "target")
-    for example in (e for split in splits for e in split):
-        assert example.input == example.input.strip() != ""
-        assert example.output == example.output.strip() != ""
-        assert "\n" not in example.output
-        assert (example.choices is not None) == (task.kind == "choice")
-        if example.choices is not None:
-            assert example.output in example.choices
-            assert len(set(example.choices)) == len(example.choices) >= 2
-
-
 def test_known_facts(built: dict[str, Task]) -> None:
     expected = {
         "country-capital": ("Chile", "Santiago"),
@@ -254,10 +233,10 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
         resolve_tasks([str(path) for path in paths], NoAssets())
 
 
-def test_listing_the_catalog_loads_neither_torch_nor_arrow() -> None:
+def test_listing_the_catalog_loads_nothing_that_takes_time() -> None:
     code = (
         "import sys, keepshot.tasks.catalog\n"
-        "print(sorted({'torch', 'transformers', 'pyarrow', 'scipy'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'pyarrow', 'scipy', 'numpy'} & set(sys.modules)))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cases import FAMILIES
 from keepshot.blending import write as write_module
 from keepshot.blending.blend import blend, realised_lambda, same_bits
 from keepshot.blending.card import BlendRecord
-from keepshot.blending.write import verify, write
+from keepshot.blending.write import MAX_SHARD_BYTES, Output, verify, write
 from keepshot.errors import ConfigError, ModelError, OutputError
 from keepshot.models.adapter import BASE_RECORD
 from keepshot.models.checkpoint import TensorReader
 from keepshot.models.loading import LanguageModel
 
-FAMILIES = ["llama", "gpt2", "gpt_neox", "qwen2", "gemma3", "falcon"]
 LAMS = [0.0, 0.1, 0.5, 1.0, 1.3]
 Build = Callable[..., LanguageModel]
 
@@ -82,8 +82,8 @@ def test_shard_layouts_make_no_difference(
     base = save(first, tmp_path / "base", shard_bytes=shards[0])
     tuned = save(last, tmp_path / "tuned", shard_bytes=shards[1])
     write(*whole, 0.6, tmp_path / "plain")
-    size = {} if shards[2] is None else {"max_shard_bytes": shards[2]}
-    record = write(base, tuned, 0.6, tmp_path / "out", **size)
+    output = Output(max_shard_bytes=shards[2] or MAX_SHARD_BYTES)
+    record = write(base, tuned, 0.6, tmp_path / "out", output=output)
     assert_same_bits(tensors(tmp_path / "out"), tensors(tmp_path / "plain"))
     written = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     assert (len(written) > 1) == (shards[2] is not None)
@@ -182,7 +182,7 @@ def test_dtype_is_converted_recorded_and_the_realised_lambda_told(
             content[name] = origin[name] + step
 
     rewrite(pair[1], nudge)
-    record = write(*pair, 0.1, tmp_path / "out", dtype="bfloat16")
+    record = write(*pair, 0.1, tmp_path / "out", output=Output(dtype="bfloat16"))
     found, end = tensors(tmp_path / "out"), tensors(pair[1])
     assert_same_bits(found, {n: blend(origin[n], end[n], 0.1).bfloat16() for n in origin})
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
@@ -277,7 +277,7 @@ def test_bad_requests_are_refused_before_anything_is_read(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="lambda nan is not a number"):
         write(nowhere, nowhere, math.nan, tmp_path / "out")
     with pytest.raises(ConfigError, match="dtype 'bfloat1' is unknown; nearest is 'bfloat16'"):
-        write(nowhere, nowhere, 0.5, tmp_path / "out", dtype="bfloat1")
+        write(nowhere, nowhere, 0.5, tmp_path / "out", output=Output(dtype="bfloat1"))
     with pytest.raises(ModelError, match="nowhere"):
         write(nowhere, nowhere, 0.5, tmp_path / "out")
 
@@ -397,7 +397,7 @@ def test_adapters_that_do_not_fit_or_are_not_exact_are_refused(
     refused(other, lora, "does not have; this adapter was trained on another base")
     refused(lora, lora, "is an adapter; base must be a whole model")
     with pytest.raises(ConfigError, match="an adapter takes one lambda and keeps its dtype"):
-        write(base, lora, 0.5, tmp_path / "out", dtype="float16")
+        write(base, lora, 0.5, tmp_path / "out", output=Output(dtype="float16"))
     dora = LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)
     refused(base, adapter(fresh_pico("llama"), tmp_path / "dora", dora), "DoRA rescales")
     ia3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[])

@@ -77,14 +77,25 @@ class _Plan:
         return names.pop().removeprefix("torch.") if len(names) == 1 else None
 
 
+@dataclass(frozen=True)
+class Output:
+    """How the files of a blend are written."""
+
+    dtype: str | None = None
+    """Of floating-point tensors (float32, bfloat16, float16); None keeps what the inputs have:
+    base's at lambda 0, tuned's at 1, the wider of both in between."""
+    max_shard_bytes: int = MAX_SHARD_BYTES
+    """A shard is closed before it would exceed this."""
+
+
 def write(
     base_dir: Path,
     tuned_dir: Path,
     lam: float | LambdaRule,
     out_dir: Path,
     *,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    dtype: str | None = None,
+    output: Output | None = None,
+    names: tuple[str, str] | None = None,
 ) -> BlendRecord:
     """Write base + lam * (tuned - base) as a directory that transformers loads.
 
@@ -97,9 +108,8 @@ def write(
             generation settings go into the output. Or a LoRA adapter of the base.
         lam: one number, or a function from a tensor's name to its lambda.
         out_dir: must not exist, or be empty.
-        max_shard_bytes: a shard is closed before it would exceed this.
-        dtype: of the output's floating-point tensors (float32, bfloat16, float16); None keeps
-            what the inputs have: base's at lambda 0, tuned's at 1, the wider of both in between.
+        output: dtype and size of the files.
+        names: what the record calls base and tuned, if not by their directories.
 
     Returns:
         The record that also lies in `out_dir` as `blend.json`.
@@ -111,11 +121,12 @@ def write(
     """
     number = None if callable(lam) else float(lam)
     note = None if callable(lam) else check_lambda(lam)
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(unknown("dtype", dtype, DTYPES, f"known: {', '.join(DTYPES)}"))
+    output = output or Output()
+    if output.dtype is not None and output.dtype not in DTYPES:
+        raise ConfigError(unknown("dtype", output.dtype, DTYPES, f"known: {', '.join(DTYPES)}"))
     _check_apart(out_dir, (base_dir, tuned_dir))
     claim(out_dir)
-    plan = _plan(base_dir, tuned_dir, lam, dtype)
+    plan = _plan(base_dir, tuned_dir, lam, output.dtype)
     _check_space(out_dir, plan.num_bytes)
     with (
         plan.base,
@@ -124,7 +135,7 @@ def write(
         _digests(plan.tuned.files) as tuned_digests,
         building_directory(out_dir) as folder,
     ):
-        realised = _stream(plan, folder, max_shard_bytes)
+        realised = _stream(plan, folder, output.max_shard_bytes)
         if plan.is_adapter:
             copied = copy_adapter_companions(tuned_dir, folder)
         else:
@@ -133,8 +144,8 @@ def write(
         record = BlendRecord(
             kind="adapter" if plan.is_adapter else "model",
             lam=number,
-            base=str(base_dir),
-            tuned=str(tuned_dir),
+            base=names[0] if names else str(base_dir),
+            tuned=names[1] if names else str(tuned_dir),
             dtype=plan.dtype_name or "mixed",
             num_tensors=len(plan.layout),
             num_bytes=plan.num_bytes,
@@ -146,6 +157,17 @@ def write(
         )
         _finish(folder, record)
     return BlendRecord.read(out_dir)
+
+
+def check_inputs(base_dir: Path, tuned_dir: Path) -> None:
+    """Check, by configs and headers alone, that two directories can be blended.
+
+    Raises:
+        ModelError: if they do not fit (which tensor).
+    """
+    plan = _plan(base_dir, tuned_dir, 1.0, None)
+    plan.base.close()
+    plan.tuned.close()
 
 
 def verify(out_dir: Path) -> BlendRecord:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from keepshot import records
 from keepshot.assets import AssetStore
+from keepshot.blending.blend import check_lambda
 from keepshot.blending.pick import check_rule, parse_rule, pick
 from keepshot.blending.sweep import sweep
-from keepshot.blending.write import write
+from keepshot.blending.write import check_inputs, write
 from keepshot.errors import ConfigError
 from keepshot.jobs.measure import Ledger, model_record, plan_for, read_tasks
 from keepshot.jobs.specs import BlendSpec, Measuring
 from keepshot.jobs.target import load_target
 from keepshot.jobs.workspace import Workspace
-from keepshot.models.loading import LanguageModel, load
+from keepshot.models.adapter import check_base, is_adapter
+from keepshot.models.loading import LanguageModel, files_of, identify, load
 from keepshot.models.reference import parse_reference
 from keepshot.progress import Progress
 from keepshot.records import ItemResult, ResultDocument, Split
-from keepshot.scoring.evaluate import Plan
+from keepshot.scoring.evaluate import Plan, check_prompts
 from keepshot.scoring.summary import path_points, scores, summarise
 from keepshot.tasks.task import Task
 
@@ -65,8 +67,8 @@ def blend(
         parse_reference(reference)
     if spec.sweep is None:
         assert spec.lam is not None
-        workspace.begin()
-        base, tuned = _load_both(spec, store, progress)
+        check_lambda(spec.lam)
+        base, tuned = _load_both(spec, store, workspace, progress)
         _write(base, tuned, spec.lam, workspace, progress)
         empty = ResultDocument(
             models=[model_record(base), model_record(tuned)],
@@ -77,8 +79,10 @@ def blend(
         return workspace.finish(empty, [])
     check_rule(parse_rule(spec.pick), spec.sweep, spec.target is not None)
     questions = _questions(spec, store, progress)
-    workspace.begin()
-    base, tuned = _load_both(spec, store, progress)
+    base, tuned = _load_both(spec, store, workspace, progress)
+    for split in ("validation", "test"):
+        for plan in questions.plans(split):
+            check_prompts(base, plan)
     return _sweep_and_pick(spec, questions, (base, tuned), (workspace, progress))
 
 
@@ -145,20 +149,27 @@ def _sweep_and_pick(
 
 
 def _load_both(
-    spec: BlendSpec, store: AssetStore, progress: Progress
+    spec: BlendSpec, store: AssetStore, workspace: Workspace, progress: Progress
 ) -> tuple[LanguageModel, LanguageModel]:
+    """Check by the files that the two fit, then load them, an adapter on the base given."""
+    progress.stage("checking that the two fit")
+    base_path, tuned_path = (files_of(name, store) for name in (spec.base, spec.tuned))
+    if is_adapter(tuned_path):
+        check_base(tuned_path, identify(spec.base, store), spec.base)
+    check_inputs(base_path, tuned_path)
+    workspace.begin()
     loaded: list[LanguageModel] = []
-    for reference in (spec.base, spec.tuned):
-        progress.stage(f"loading {reference}")
-        loaded.append(
-            load(
-                reference,
-                store,
-                device=spec.device,
-                dtype=spec.dtype,
-                trust_remote_code=spec.trust_remote_code,
-            )
+    on_base = f"{spec.base}+{tuned_path}" if is_adapter(tuned_path) else spec.tuned
+    for name, reference in ((spec.base, spec.base), (spec.tuned, on_base)):
+        progress.stage(f"loading {name}")
+        model = load(
+            reference,
+            store,
+            device=spec.device,
+            dtype=spec.dtype,
+            trust_remote_code=spec.trust_remote_code,
         )
+        loaded.append(replace(model, reference=name))
     return loaded[0], loaded[1]
 
 
@@ -170,9 +181,9 @@ def _write(
     progress: Progress,
 ) -> None:
     # An adapter stays one: scaling it is exact, and it stays small.
-    kind = "adapter" if (tuned.path / "adapter_config.json").exists() else "model"
+    kind = "adapter" if is_adapter(tuned.path) else "model"
     out_dir = workspace.path / kind
     if (out_dir / "blend.json").exists():
         return
     progress.stage(f"writing lambda {lam:g}")
-    write(base.path, tuned.path, lam, out_dir)
+    write(base.path, tuned.path, lam, out_dir, names=(base.reference, tuned.reference))

@@ -10,13 +10,13 @@ from keepshot.assets import AssetStore
 from keepshot.errors import ConfigError, unknown
 from keepshot.jobs.specs import MeasureSpec, Measuring
 from keepshot.jobs.workspace import Workspace
-from keepshot.models.loading import LanguageModel, load
+from keepshot.models.loading import LanguageModel, load, outline
 from keepshot.models.reference import parse_reference
 from keepshot.progress import Progress
 from keepshot.prompts import TEMPLATES
 from keepshot.records import Cost, ItemResult, ModelRecord, ResultDocument, Split
 from keepshot.scoring.engine import Engine
-from keepshot.scoring.evaluate import Plan, ask, measure
+from keepshot.scoring.evaluate import Plan, ask, check_prompts, measure
 from keepshot.scoring.request import tokens_to_read
 from keepshot.scoring.summary import scores, summarise
 from keepshot.tasks.catalog import resolve_tasks
@@ -52,6 +52,11 @@ def measure_models(
     progress.stage("reading tasks")
     tasks = read_tasks(spec, store)
     plan = plan_for(spec, tasks, first_seed=spec.seed)
+    for reference in spec.models[1:]:
+        # The first is loaded next; the others would be found wanting only after hours.
+        progress.stage(f"{reference}: checking")
+        light = outline(reference, store, trust_remote_code=spec.trust_remote_code)
+        check_prompts(light, plan)
     items: list[ItemResult] = []
     models: list[ModelRecord] = []
     if workspace:

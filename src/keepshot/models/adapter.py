@@ -20,6 +20,11 @@ from keepshot.models.reference import read_json
 BASE_RECORD = "keepshot-base.json"
 
 
+def is_adapter(directory: Path) -> bool:
+    """Say whether a directory holds a PEFT adapter, not a whole model."""
+    return (directory / "adapter_config.json").is_file()
+
+
 def record_base(adapter_dir: Path, reference: str, sha256: str) -> None:
     """Write beside an adapter which base it belongs to; `merge_adapter`'s caller checks it."""
     content = {"reference": reference, "sha256": sha256}

@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-from numpy.random import Generator
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from keepshot.errors import TaskError, unknown
 from keepshot.prompts import Example
@@ -19,11 +17,14 @@ from keepshot.tasks.lexical import AssetSource
 from keepshot.tasks.source import SUFFIXES, read_examples_file
 from keepshot.tasks.task import Kind, Task, group_by_input, seeded
 
+if TYPE_CHECKING:
+    from numpy.random import Generator
+
 NUM_DEMONSTRATIONS = 64
 NUM_VALIDATION = 100
 NUM_TEST = 150
 
-Builder = Callable[[AssetSource, Generator], Sequence[Example]]
+Builder: TypeAlias = "Callable[[AssetSource, Generator], Sequence[Example]]"
 Role = Literal["suite", "anchor", "target"]
 Sizes = tuple[int, int, int]
 
