@@ -156,6 +156,16 @@ def test_special_case_agrees_with_the_general_form(
         torch.testing.assert_close(special.best_w(shots), best)
 
 
+def test_zero_shot_error_by_contractions_is_the_general_error() -> None:
+    for seed in range(20):
+        world, theta = random_world(4, seed), normal(4, seed=seed + 1)
+        head = random_head(world, seed, size=1.0)
+        head = Attention(torch.stack([head.v, 2 * head.v]), torch.stack([head.q, -head.q]))
+        torch.testing.assert_close(
+            exact.zero_shot_error(head, world, theta), exact.error(head, world, theta, 0)
+        )
+
+
 def test_w_star_in_the_limit_is_the_papers() -> None:
     """1 - <theta_0, theta> / ((d + 4) |theta|^2), so (d+3)/(d+4) on the target itself."""
     d = 5

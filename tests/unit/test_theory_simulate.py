@@ -32,8 +32,8 @@ def test_fast_sampler_is_the_literal_model(shots: int, constant: float) -> None:
     residuals = simulate._Residuals(simulate.stack([head]), world, theta, shots)
     normals = normal(size * residuals.numbers_per_prompt, seed=4)
     found = residuals.of(normals, size)[:, 0]
-    demos = normals[: size * shots * (d + 1)].view(size, shots, d + 1)
-    query = normals[size * shots * (d + 1) :].view(size, 1, d)
+    demos = normals[size * d :].view(size, shots, d + 1)
+    query = normals[: size * d].view(size, 1, d)
     root = torch.linalg.cholesky(world.covariance)
     x = torch.cat([demos[..., :d], query], dim=1) @ root.T
     y = x @ theta

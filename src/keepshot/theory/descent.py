@@ -8,19 +8,20 @@ all of v and Q).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from keepshot.errors import ConfigError
-from keepshot.theory.exact import error_form
+from keepshot.theory.exact import Quadratic, error_form
 from keepshot.theory.linear_attention import Attention, World
 
 Loss = Callable[[Tensor], Tensor]
 MAX_FLOW_STEPS = 5_000
 MAX_STAGES = 60
+MAX_DESCENT_STEPS = 50_000
 
 
 def state_of(head: Attention) -> Tensor:
@@ -166,6 +167,28 @@ def _descended(loss: Loss, start: Tensor, step_size: float, num_steps: int) -> T
         if not bool((values <= ceiling).all()):
             return None
     return state
+
+
+def descend_values(
+    form: Quadratic, start: Tensor, free: Sequence[int] | None = None, *, settled: float = 1e-10
+) -> Tensor:
+    """Run gradient descent on a loss that is quadratic in v, over v [D] or some of its entries.
+
+    The step is the inverse of the largest curvature; it stops once no entry of the gradient is
+    above `settled`. Unlike `Quadratic.minimum` it solves no equation.
+    """
+    mask = torch.ones_like(start)
+    if free is not None:
+        mask = torch.zeros_like(start)
+        mask[list(free)] = 1.0
+    block = mask[:, None] * form.matrix * mask
+    step, v = 1.0 / float(torch.linalg.eigvalsh(block).max()), start
+    for _ in range(MAX_DESCENT_STEPS):
+        slope = mask * (form.matrix @ v - form.linear)
+        if float(slope.abs().max()) < settled:
+            break
+        v = v - step * slope
+    return v
 
 
 @dataclass(frozen=True)

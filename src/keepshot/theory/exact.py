@@ -243,6 +243,34 @@ def error(head: Attention, world: World, theta: Tensor, shots: Count) -> Tensor:
     return error_form(head.q, world, theta, shots).at(head.v)
 
 
+def zero_shot_error(head: Attention, world: World, theta: Tensor) -> Tensor:
+    """Return `error` at zero shots by contractions alone, for the flows that need it often.
+
+    E (theta.x - (v1.x + p) b)^2 with p = c v_c and b = x' s x + r.x + t, by the same moments.
+    """
+    cov, form = world.covariance, _form(head.q, world)
+    constant = world.constant * head.v[..., -1]
+    a = (cov @ head.v1[..., None])[..., 0]
+    matched = (form.s @ a[..., None])[..., 0]
+    weighted = form.s @ cov
+    slope = (cov @ form.r[..., None])[..., 0]
+    rho = _trace(weighted) + form.t
+    both = rho**2 + 2.0 * (weighted * weighted.mT).sum(dim=(-2, -1)) + (form.r * slope).sum(-1)
+    label = (cov @ theta[..., None])[..., 0]
+    across = rho * (a * theta).sum(-1) + 2.0 * (matched * label).sum(-1)
+    across = across + constant * (slope * theta).sum(-1)
+    tilt = (a * form.r).sum(-1)
+    passed = (cov @ matched[..., None])[..., 0]
+    curved = (
+        both * ((head.v1 * a).sum(-1) + constant**2)
+        + 8.0 * (matched * passed).sum(-1)
+        + 2.0 * tilt**2
+        + 4.0 * rho * (matched * a).sum(-1)
+        + 4.0 * constant * (rho * tilt + 2.0 * (matched * slope).sum(-1))
+    )
+    return world.noise + (label * theta).sum(-1) - 2.0 * across + curved
+
+
 def difference_form(
     q: Tensor, base: Attention, world: World, theta: Tensor, shots: Count
 ) -> Quadratic:

@@ -86,14 +86,27 @@ def sampled_errors(
 
 
 class _Residuals:
-    """theta . x_q - f for prompts made of given normals; shapes: B prompts, L heads."""
+    """theta . x_q - f for prompts made of given normals; shapes: B prompts, L heads.
+
+    `white` inputs are standard normal; x is the covariance's root times them.
+    """
 
     def __init__(
         self, heads: Attention, world: World, task: Tensor | RandomTasks, shots: int
     ) -> None:
-        self.heads, self.world, self.task, self.shots = heads, world, task, shots
-        d = world.dimension
+        d, c = world.dimension, world.constant
+        self.world, self.task, self.shots, self.num_heads = world, task, shots, len(heads.v)
         self.root = torch.linalg.cholesky(world.covariance)
+        self.white_v = heads.v[:, :-2] @ self.root
+        self.label_v, self.constant_v = heads.v[:, -2], c * heads.v[:, -1]
+        reads = torch.cat([heads.q[..., :-2], c * heads.q[..., -1:]], dim=-1)  # of (x, c)
+        scale = torch.eye(d + 1, dtype=torch.float64, device=heads.v.device)
+        scale[:d, :d] = self.root
+        keys = reads @ scale
+        self.white_q = torch.cat(
+            [self.root.mT @ keys[:, :d], keys[:, d : d + 1], c * keys[:, d + 1 :]], dim=1
+        )
+        """Rows: the key's weight on white inputs, on the label, on the constant. [L, d+2, d+1]"""
         self.numbers_per_prompt = shots * (d + 1) + (2 * d if self.random_tasks else d)
 
     @property
@@ -102,20 +115,23 @@ class _Residuals:
 
     def of(self, normals: Tensor, size: int) -> Tensor:
         """Return the residuals [B, L] of prompts built from a flat vector of normals."""
-        d, n, c = self.world.dimension, self.shots, self.world.constant
-        demos_BnE, rest = normals.split([size * n * (d + 1), len(normals) - size * n * (d + 1)])
-        white_Bd = rest[: size * d].view(size, d)  # the query before the covariance's root
-        query_BD = torch.cat(
-            [white_Bd @ self.root.mT, white_Bd.new_zeros(size, 1), white_Bd.new_full((size, 1), c)],
-            dim=1,
-        )
-        keys_BLD = torch.einsum("lde,be->bld", self.heads.q, query_BD)
-        own_BL = (query_BD @ self.heads.v.mT) * torch.einsum("bld,bd->bl", keys_BLD, query_BD)
-        task_Bd = self._white_tasks(rest[size * d :], size)
+        d, n = self.world.dimension, self.shots
+        white_Bd = normals[: size * d].view(size, d)
+        rest = normals[size * d :]
+        task_Bd = self._white_tasks(rest[size * n * (d + 1) :], size)
+        rows = self.white_q.flatten(0, 1)
+        keys_BLD = torch.addmm(rows[:, d], white_Bd, rows[:, :d].mT).view(size, self.num_heads, -1)
+        own_BL = torch.addmm(self.constant_v, white_Bd, self.white_v.mT)
+        match_BL = (keys_BLD[..., :d] @ white_Bd[..., None])[..., 0] + keys_BLD[..., -1]
+        output_BL = own_BL * match_BL
         if n:
-            own_BL = own_BL + self._read(demos_BnE.view(size, n, d + 1), keys_BLD, task_Bd)
-        truth_B = (white_Bd * task_Bd).sum(-1)
-        return truth_B[:, None] - own_BL / (n + 1)
+            demos_BnE = rest[: size * n * (d + 1)].view(size, n, d + 1)
+            output_BL = output_BL + self._read(demos_BnE, keys_BLD, task_Bd)
+        if len(task_Bd) == 1:
+            truth_B = white_Bd @ task_Bd[0]
+        else:
+            truth_B = (white_Bd * task_Bd).sum(-1)
+        return truth_B[:, None] - output_BL / (n + 1)
 
     def _white_tasks(self, normals: Tensor, size: int) -> Tensor:
         """Return root' theta, [B or 1, d], so that theta . x is its product with white inputs."""
@@ -126,28 +142,22 @@ class _Residuals:
 
     def _read(self, demos_BnE: Tensor, keys_BLD: Tensor, task_Bd: Tensor) -> Tensor:
         """Return sum_i (v . z_i)(k . z_i), [B, L], for demonstrations made of white normals."""
-        values_BLE, value_BL = self._pull_back(self.heads.v[None], task_Bd)
-        keys_BLE, key_BL = self._pull_back(keys_BLD, task_Bd)
+        label_BL1 = keys_BLD[..., -2:-1]
+        keys_BLE = torch.cat(
+            [keys_BLD[..., :-2] + label_BL1 * task_Bd[:, None], self.world.noise.sqrt() * label_BL1],
+            dim=-1,
+        )
+        noise_L1 = (self.world.noise.sqrt() * self.label_v)[:, None]
+        values_BLd = self.white_v + self.label_v[:, None] * task_Bd[:, None]
+        values_BLE = torch.cat([values_BLd, noise_L1.expand(len(task_Bd), -1, 1)], dim=-1)
         if len(values_BLE) == 1:
             value_BnL = demos_BnE @ values_BLE[0].mT
         else:
             value_BnL = torch.bmm(demos_BnE, values_BLE.mT)
-        value_BnL = value_BnL + value_BL[:, None]
+        if self.world.constant:
+            value_BnL += self.constant_v
         read_BLE = torch.bmm(value_BnL.mT, demos_BnE)
-        return (read_BLE * keys_BLE).sum(-1) + value_BnL.sum(1) * key_BL
-
-    def _pull_back(self, weights_BLD: Tensor, task_Bd: Tensor) -> tuple[Tensor, Tensor]:
-        """Return weights on (white input, white noise), [B, L, d + 1], and the constant's share."""
-        label_BL1 = weights_BLD[..., -2:-1]
-        inputs = weights_BLD[..., :-2] @ self.root + label_BL1 * task_Bd[:, None]
-        noise = label_BL1 * self.world.noise.sqrt()
-        noise = noise.expand(*inputs.shape[:-1], 1)
-        return torch.cat([inputs, noise], dim=-1), self.world.constant * weights_BLD[..., -1]
-
-
-def z_score(measured: float, predicted: float, se: float) -> float:
-    """Return (measured - predicted) / se; 0 if both agree exactly and nothing was random."""
-    gap = measured - predicted
-    if se > 0:
-        return gap / se
-    return 0.0 if abs(gap) <= 1e-9 * max(1.0, abs(predicted)) else float("inf")
+        read_BL = (read_BLE * keys_BLE).sum(-1)
+        if self.world.constant:
+            read_BL = read_BL + value_BnL.sum(1) * keys_BLD[..., -1]
+        return read_BL
