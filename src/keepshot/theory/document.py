@@ -15,7 +15,9 @@ from keepshot.specs import Spec
 
 Claim = Literal["pretraining", "full", "value-only", "auxiliary", "sweeps", "extensions", "bridge"]
 CLAIMS: tuple[Claim, ...] = get_args(Claim)
-TASKS = ("target", "unseen")
+DEFAULT_CLAIMS = CLAIMS[:-1]
+"""Those that need nothing but this lab: the bridge trains a transformer."""
+RECORD = "theory.json"
 
 
 class TheorySpec(Spec):
@@ -23,7 +25,7 @@ class TheorySpec(Spec):
 
     no_effect_on_results = frozenset({"device"})
 
-    claims: tuple[Claim, ...] = Field(default=CLAIMS, min_length=1)
+    claims: tuple[Claim, ...] = Field(default=DEFAULT_CLAIMS, min_length=1)
     """Claims to check."""
     d: int = Field(default=5, ge=1, le=200)
     """Number of inputs; at 1 an unseen task is the target or its opposite."""
@@ -177,9 +179,7 @@ class TheoryDocument(_Record):
     def to_json(self) -> str:
         """Return the document as JSON; a claim's rows and checks stand at the top alone."""
         inner: dict[str, bool] = {"rows": True, "checks": True}
-        return self.model_dump_json(
-            by_alias=True, indent=1, exclude={"claims": {"__all__": inner}}
-        )
+        return self.model_dump_json(by_alias=True, indent=1, exclude={"claims": {"__all__": inner}})
 
     @classmethod
     def of(cls, claims: Sequence[ClaimRecord], notes: Sequence[str] = ()) -> TheoryDocument:

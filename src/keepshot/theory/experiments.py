@@ -203,7 +203,7 @@ def full(lab: Lab) -> ClaimRecord:
     sentences = [
         f"Full tuning takes the zero-shot error on the target to the noise floor "
         f"{lab.spec.sigma2:g}; at {most} shots its error is {after:.3f}, where the pretrained "
-        f"head's was {before:.3f}, and it tends to |theta|^2 + sigma2 = {signal:.3f} on every task.",
+        f"head's was {before:.3f}; it tends to |theta|^2 + sigma2 = {signal:.3f} on every task.",
         "Without the constant channel full tuning cannot do that: it ends at value-only tuning's "
         f"{checks[-1].predicted:.3f}, and few-shot ability stays "
         f"({plain.error(bare, 'target', most):.3f} at {most} shots).",
@@ -233,7 +233,8 @@ def value_only(lab: Lab) -> ClaimRecord:
     wanted = float(lab.world.squared(head.v1))
     checks = [
         Check(claim="value-only", quantity="v1 along theta_0 after sampled tuning, 32 seeds",
-              predicted=float(along @ head.v1), measured=float(along @ sampled.mean[:d]), se=spread),
+              predicted=float(along @ head.v1), measured=float(along @ sampled.mean[:d]),
+              se=spread),
         Check(claim="value-only", quantity="w after sampled tuning", predicted=float(before.w),
               measured=float(sampled.mean[d]), se=None),
         Check(claim="value-only", quantity="zero-shot error at the optimum, s2 + 2|theta|^2/(d+4)",
@@ -321,11 +322,10 @@ def auxiliary(lab: Lab) -> ClaimRecord:
         + (f"below n = {turn}, by adding the shrinkage that is missing there."
            if turn and turn > 1 else "nowhere on this grid."),
     ]  # fmt: skip
-    panels = [*_shots_panels(),
-              Panel(name=change, x_title=SHOTS_AXIS, y_title="change of error", log_x=True)]  # fmt: skip
+    last = Panel(name=change, x_title=SHOTS_AXIS, y_title="change of error", log_x=True)
     return ClaimRecord(
-        claim="auxiliary", sentences=sentences, rows=rows, checks=checks, panels=panels,
-        points=points,
+        claim="auxiliary", sentences=sentences, rows=rows, checks=checks,
+        panels=[*_shots_panels(), last], points=points,
     )  # fmt: skip
 
 
@@ -364,7 +364,8 @@ def sweeps(lab: Lab) -> ClaimRecord:
     """Sweep dimension, noise, spectrum and auxiliary weight; shots are swept by other claims."""
     spectrum_free = {"spectrum": None, "covariance": None}
     axes: list[tuple[str, str, Sequence[float], Callable[[float], Lab]]] = [
-        ("dimension d", "d", (1, 2, 5, 10, 20, 40), lambda x: lab.changed(d=int(x), **spectrum_free)),
+        ("dimension d", "d", (1, 2, 5, 10, 20, 40),
+         lambda x: lab.changed(d=int(x), **spectrum_free)),
         ("noise sigma2", "sigma2", (0.0, 0.03, 0.1, 0.3, 1.0), lambda x: lab.changed(sigma2=x)),
         ("spectrum i^-a", "exponent a", (0.0, 0.5, 1.0, 1.5, 2.0),
          lambda x: lab.changed(spectrum=_power_law(lab.d, x), covariance=None)),
@@ -385,9 +386,7 @@ def sweeps(lab: Lab) -> ClaimRecord:
             ]  # fmt: skip
     panels.append(Panel(name="auxiliary weight", x_title="weight of the few-shot loss", log_x=True))
     for weight in (0.01, 0.1, 1.0, 10.0, 100.0):
-        head = optima.value_only_joint(
-            lab.pretrained(), lab.world, lab.theta, SWEEP_SHOTS, weight
-        )
+        head = optima.value_only_joint(lab.pretrained(), lab.world, lab.theta, SWEEP_SHOTS, weight)
         kinds = {"target, 0 shots": ("target", 0), "target, 20": ("target", SWEEP_SHOTS),
                  "unseen, 20": ("unseen", SWEEP_SHOTS)}  # fmt: skip
         for series, (task, shots) in kinds.items():
@@ -402,9 +401,7 @@ def sweeps(lab: Lab) -> ClaimRecord:
         "The rows of this claim follow the points of its figure in order: dimension, noise, "
         "spectrum.",
     ]
-    return ClaimRecord(
-        claim="sweeps", sentences=sentences, rows=rows, panels=panels, points=points
-    )
+    return ClaimRecord(claim="sweeps", sentences=sentences, rows=rows, panels=panels, points=points)
 
 
 def _ends(lab: Lab) -> dict[str, Attention]:

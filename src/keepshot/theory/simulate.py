@@ -127,10 +127,8 @@ class _Residuals:
         if n:
             demos_BnE = rest[: size * n * (d + 1)].view(size, n, d + 1)
             output_BL = output_BL + self._read(demos_BnE, keys_BLD, task_Bd)
-        if len(task_Bd) == 1:
-            truth_B = white_Bd @ task_Bd[0]
-        else:
-            truth_B = (white_Bd * task_Bd).sum(-1)
+        one = len(task_Bd) == 1
+        truth_B = white_Bd @ task_Bd[0] if one else (white_Bd * task_Bd).sum(-1)
         return truth_B[:, None] - output_BL / (n + 1)
 
     def _white_tasks(self, normals: Tensor, size: int) -> Tensor:
@@ -144,7 +142,10 @@ class _Residuals:
         """Return sum_i (v . z_i)(k . z_i), [B, L], for demonstrations made of white normals."""
         label_BL1 = keys_BLD[..., -2:-1]
         keys_BLE = torch.cat(
-            [keys_BLD[..., :-2] + label_BL1 * task_Bd[:, None], self.world.noise.sqrt() * label_BL1],
+            [
+                keys_BLD[..., :-2] + label_BL1 * task_Bd[:, None],
+                self.world.noise.sqrt() * label_BL1,
+            ],
             dim=-1,
         )
         noise_L1 = (self.world.noise.sqrt() * self.label_v)[:, None]

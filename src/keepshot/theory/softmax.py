@@ -2,8 +2,8 @@
 
     f(Z) = sum_i a_i (v . z_i) over all n + 1 tokens,  a = softmax(z_i' Q z_q)
 
-At zero shots the only token attends to itself with weight 1, so the output is v . z_q whatever Q is:
-Q has no gradient, full tuning *is* value-only tuning, and it reaches the noise floor at v1 = theta.
+At zero shots the only token attends to itself with weight 1, so the output is v . z_q whatever Q
+is: Q has no gradient, full tuning *is* value-only tuning, and v1 = theta reaches the noise floor.
 """
 
 from __future__ import annotations
@@ -84,10 +84,8 @@ def softmax_error(
         num_prompts: prompts drawn.
         generator: source of the draws.
     """
-    if isinstance(task, Tensor):
-        thetas = task
-    else:
-        thetas = random_tasks(world, task, num_prompts, generator)
+    fixed = isinstance(task, Tensor)
+    thetas = task if fixed else random_tasks(world, task, num_prompts, generator)
     tokens, labels = draw_prompts(world, thetas, shots, num_prompts, generator)
     squared = (labels - attend_softmax(head, tokens)).square()
     return float(squared.mean()), float(squared.std()) / num_prompts**0.5
