@@ -94,9 +94,7 @@ def series_looks(series: Sequence[str]) -> dict[str, Look]:
     return {name: METHOD_LOOKS[name] if name in METHOD_LOOKS else next(spare) for name in series}
 
 
-def _panel(
-    panel: Panel, points: Sequence[Point], looks: dict[str, Look], width: Width
-) -> alt.LayerChart:
+def _panel(panel: Panel, points: Sequence[Point], looks: dict[str, Look], width: Width) -> Any:
     xs = sorted({point.x for point in points})
     ticks = _thinned(xs) if panel.log_x else None
     low = min((x for x in xs if x > 0), default=1.0)
@@ -123,7 +121,7 @@ def _panel(
         for p in points if p.measured is not None
     ]  # fmt: skip
     if panel.log_y:
-        marks = [{**mark, "low": max(mark["low"], 0.2 * mark["y"])} for mark in marks]
+        marks = [{**m, "low": max(float(m["low"]), 0.2 * float(m["y"]))} for m in marks]
     layers: list[Any] = [
         alt.Chart(data(lines)).mark_line(strokeWidth=1.8).encode(x=x, y=y, color=color)
     ]

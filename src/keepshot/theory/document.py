@@ -69,8 +69,9 @@ class TheorySpec(Spec):
                         unknown("claim", str(name), CLAIMS, f"known are {', '.join(CLAIMS)}")
                     )
             for key in ("spectrum", "covariance"):
-                if "d" not in content and content.get(key):
-                    content = {**content, "d": len(content[key])}
+                rows = content.get(key)
+                if "d" not in content and isinstance(rows, list | tuple) and rows:
+                    content = {**content, "d": len(rows)}
         return content
 
     @model_validator(mode="after")
