@@ -94,26 +94,25 @@ def _partial(lab: Lab) -> tuple[list[TheoryRow], list[Point], str]:
                 own = _rows(lab, f"{name}_lambda_{lam:g}", head)
                 rows += own
             points += _points(lab, panel, lam, head, own)
-    best = {
-        key: min(LAMBDAS, key=lambda lam, k=key: _on_path(lab, start, ends["full"][1], lam, k))
-        for key in AXES
+    return rows, points, _path_words(lab, start, ends["full"][1], ends["value_only"][1])
+
+
+def _path_words(lab: Lab, start: Attention, full: Attention, value_only: Attention) -> str:
+    """Say what full tuning's path is worth beside value-only tuning."""
+    errors = {
+        lam: {key: lab.error(blended(start, full, lam), *where) for key, where in AXES.items()}
+        for lam in LAMBDAS
     }
-    words = (
-        f"Along base + lambda (full - base), zero-shot error on the target is least at lambda = "
-        f"{best['target, 0 shots']:g} and few-shot error on unseen tasks at lambda = "
-        f"{best['unseen, 20 shots']:g}"
-        + (
-            ": no point of the path improves on the pretrained head's few shots."
-            if best["unseen, 20 shots"] == 0.0
-            else ", so a little of the tuning helps few shots too."
-        )
+    few = {lam: found["unseen, 20 shots"] for lam, found in errors.items()}
+    limit, floor = lab.error(value_only, "unseen", FEW), lab.error(value_only, "target", 0)
+    kept = [lam for lam in LAMBDAS if few[lam] <= limit]
+    best = min(kept, key=lambda lam: errors[lam]["target, 0 shots"])
+    return (
+        f"Along base + lambda (full - base), few-shot error on unseen tasks is least at lambda = "
+        f"{min(few, key=lambda lam: few[lam]):g}; of the points that keep as much of it as "
+        f"value-only tuning ({limit:.3f}), lambda = {best:g} has the least zero-shot error on the "
+        f"target, {errors[best]['target, 0 shots']:.3f} (value-only: {floor:.3f})."
     )
-    return rows, points, words
-
-
-def _on_path(lab: Lab, start: Attention, end: Attention, lam: float, key: str) -> float:
-    task, shots = AXES[key]
-    return lab.error(blended(start, end, lam), task, shots)
 
 
 def _kl_term(lab: Lab) -> tuple[list[TheoryRow], list[Point], str]:
