@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from keepshot.errors import ConfigError
-from keepshot.theory import descent, exact, optima, simulate
+from keepshot.theory import descent, exact, optima, simulate, softmax, transformer
 from keepshot.theory.linear_attention import (
     Attention,
     attend,
@@ -139,3 +139,40 @@ def test_step_size_that_diverges_is_refused_with_the_largest_stable_one() -> Non
     descent.descend(loss, head.v[None], 0.99 * stable, 300)
     with pytest.raises(ConfigError, match=r"largest stable one for this loss and start is 0\.02"):
         descent.descend(loss, head.v[None], 1.2 * stable, 300)
+
+
+def test_transformer_answers_each_query_from_earlier_demonstrations_alone() -> None:
+    """Later pairs, and the query's own label, change nothing; an earlier label does."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformer.Regressor(2)
+    x, y = normal(3, 6, 2, seed=1).float(), normal(3, 6, seed=2).float()
+    found = model(x, y)
+    later = y.clone()
+    later[:, 3:] += 1.0
+    torch.testing.assert_close(model(x, later)[:, :4], found[:, :4])
+    assert not torch.allclose(model(x, later)[:, 4:], found[:, 4:])
+    torch.testing.assert_close(model(x[:, :1], y[:, :1]), found[:, :1])
+
+
+def test_transformer_tuning_of_values_moves_values_alone() -> None:
+    world, theta = make_world(torch.eye(2, dtype=torch.float64), 0.1), normal(2, seed=3)
+    base = transformer.pretrain(world, 1.0, 3, generator(4), num_steps=2)
+    tuned = transformer.tune(base, world, theta, "value_only", generator(5), num_steps=2)
+    changed = {
+        name
+        for (name, one), other in zip(base.named_parameters(), tuned.parameters(), strict=True)
+        if not torch.equal(one, other)
+    }
+    assert changed == {f"blocks.{i}.v.{kind}" for i in (0, 1) for kind in ("weight", "bias")}
+
+
+def test_softmax_head_has_no_gradient_in_q_at_zero_shots() -> None:
+    world, theta = random_world(3, 1), normal(3, seed=2)
+    head = random_head(world, 3)
+    q = head.q.clone().requires_grad_(True)
+    tokens, labels = draw_prompts(world, theta, 0, 100, generator(4))
+    output = softmax.attend_softmax(Attention(head.v, q), tokens)
+    torch.testing.assert_close(output, tokens[:, 0] @ head.v)
+    (labels - output).square().mean().backward()
+    assert float(q.grad.abs().max()) < 1e-12  # type: ignore[union-attr]

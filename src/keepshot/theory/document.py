@@ -51,7 +51,7 @@ class TheorySpec(Spec):
     num_numbers: int = Field(default=4_000_000, ge=10_000)
     """Random numbers per Monte Carlo estimate, at most: long prompts are fewer."""
     study: Path | None = None
-    """Results of a tuning study of real models, for the claim `bridge`."""
+    """Run directory of tuned real models, for the claim `bridge`."""
     seed: int = Field(default=0, ge=0)
     """Seed of every draw."""
     device: str = "cpu"
