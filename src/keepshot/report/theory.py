@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ METHOD_LOOKS: dict[str, Look] = {
     "value_only_aux": SPARE_LOOKS[3],
     "value_only_joint": SPARE_LOOKS[4],
 }
+PANEL_SIZES = {1: (440, 250), 2: (300, 210), 3: (205, 190)}
 TITLES = {
     "pretraining": "Pretraining: one step of preconditioned gradient descent",
     "full": "Full tuning: the noise floor at zero shots, few shots ruined",
@@ -78,11 +80,13 @@ def claim_chart(claim: ClaimRecord, width: Width = "wide") -> alt.ConcatChart:
     """Draw the panels of one claim: lines are closed forms, marks are measured, bars two s.e."""
     series = list(dict.fromkeys(point.series for point in claim.points))
     looks = series_looks(series)
+    count = len(claim.panels)
+    columns = 1 if width == "narrow" else 2 if count in (2, 4) else min(3, count)
+    size = (262, 190) if width == "narrow" else PANEL_SIZES[columns]
     charts = [
-        _panel(panel, [p for p in claim.points if p.panel == panel.name], looks, width)
+        _panel(panel, [p for p in claim.points if p.panel == panel.name], looks, width, size)
         for panel in claim.panels
     ]
-    columns = 1 if width == "narrow" else 2 if len(charts) in (2, 4) else min(3, len(charts))
     chart = alt.concat(*charts, columns=columns, spacing=26)
     return styled(chart.resolve_scale(color="shared", shape="shared"), width)
 
@@ -94,13 +98,14 @@ def series_looks(series: Sequence[str]) -> dict[str, Look]:
     return {name: METHOD_LOOKS[name] if name in METHOD_LOOKS else next(spare) for name in series}
 
 
-def _panel(panel: Panel, points: Sequence[Point], looks: dict[str, Look], width: Width) -> Any:
-    xs = sorted({point.x for point in points})
-    ticks = _thinned(xs) if panel.log_x else None
-    low = min((x for x in xs if x > 0), default=1.0)
-    scale = alt.Scale(type="symlog", constant=min(1.0, low)) if panel.log_x else alt.Scale()
-    axis = alt.Axis(values=ticks, grid=False) if ticks else alt.Axis(tickCount=5, grid=False)
-    x = alt.X("x:Q", title=panel.x_title, scale=scale, axis=axis)
+def _panel(
+    panel: Panel,
+    points: Sequence[Point],
+    looks: dict[str, Look],
+    width: Width,
+    size: tuple[int, int],
+) -> Any:
+    x = _x_channel(panel, sorted({point.x for point in points}))
     y_scale = alt.Scale(type="log") if panel.log_y else alt.Scale(zero=False)
     y = alt.Y("y:Q", title=panel.y_title, scale=y_scale, axis=alt.Axis(tickCount=5))
     names = list(looks)
@@ -135,14 +140,22 @@ def _panel(panel: Panel, points: Sequence[Point], looks: dict[str, Look], width:
             )
         )
         layers.append(dots.encode(x=x, y=y, color=color, shape=shape, description="hover:N"))
-    size = (205, 190) if width == "wide" else (262, 190)
     return alt.layer(*layers).properties(width=size[0], height=size[1], title=panel.name)
 
 
-def _thinned(xs: Sequence[float]) -> list[float]:
-    """Keep at most seven ticks, both ends among them."""
-    stride = -(-len(xs) // 7)
-    return [*xs[:-1:stride], xs[-1]]
+def _x_channel(panel: Panel, xs: Sequence[float]) -> alt.X:
+    """Return the horizontal channel: linear, or logarithmic with a place for 0."""
+    if not panel.log_x:
+        return alt.X("x:Q", title=panel.x_title, axis=alt.Axis(tickCount=5, grid=False))
+    scale = alt.Scale(type="log") if xs and xs[0] > 0 else alt.Scale(type="symlog", constant=1.0)
+    steps = [m * 10.0**k for k in range(-4, 7) for m in (1, 2, 5)]
+    lowest = min((x for x in xs if x > 0), default=1.0)
+    ticks = [x for x in steps if lowest <= x <= xs[-1]]
+    ticks = [0.0, *ticks] if xs[:1] == [0.0] else ticks
+    if len(ticks) > 8:
+        ticks = [x for x in ticks if x == 0 or math.log10(x).is_integer()]
+    axis = alt.Axis(values=ticks, grid=False, format=".2~f")
+    return alt.X("x:Q", title=panel.x_title, scale=scale, axis=axis)
 
 
 def _hover(point: Point) -> str:
