@@ -12,7 +12,9 @@ import pytest
 from keepshot import cli, exits
 from keepshot.errors import ConfigError
 from keepshot.progress import Silent
+from keepshot.records import Cost, ResultDocument, SummaryRow
 from keepshot.report.theory import claim_chart, series_looks
+from keepshot.theory import bridge, extensions
 from keepshot.theory.document import (
     DEFAULT_CLAIMS,
     ClaimRecord,
@@ -21,6 +23,7 @@ from keepshot.theory.document import (
     z_score,
 )
 from keepshot.theory.experiments import run_claims
+from keepshot.theory.lab import Lab
 
 KEYS = {"claim", "method", "task", "shots", "predicted", "measured", "se"}
 SMALL = {"d": 3, "shots": (0, 1, 8), "num_prompts": 20_000}
@@ -177,3 +180,46 @@ def test_the_notebook_runs() -> None:
             if cell["cell_type"] == "code":
                 exec("".join(cell["source"]), names)
     assert "predicted" in printed.getvalue()
+
+
+def test_extensions_agree_with_sampling_and_the_path_has_the_right_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(extensions, "TUNING_TIME", 2.0)
+    record = run("extensions", d=2, num_prompts=5000)
+    assert max(abs(row.z) for row in record.rows) < 5
+    panel = "partial adaptation, full tuning"
+    path = {(p.x, p.series): p.predicted for p in record.points if p.panel == panel}
+    lab = Lab.of(TheorySpec(d=2))
+    assert path[0.0, "target, 0 shots"] == pytest.approx(1.1)
+    assert path[1.0, "target, 0 shots"] == pytest.approx(0.1)
+    assert path[0.0, "unseen, 20 shots"] == pytest.approx(lab.error(lab.pretrained(), "unseen", 20))
+    held = [p for p in record.points if p.panel == "KL term, value-only"]
+    few = [p.predicted for p in held if p.series == "unseen, 20 shots"]
+    zero = [p.predicted for p in held if p.series == "target, 0 shots"]
+    assert few == sorted(few, reverse=True)  # a heavier term keeps more and gains less
+    assert zero == sorted(zero)
+
+
+def test_bridge_reads_a_run_of_real_models_and_refuses_what_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge, "PRETRAIN_STEPS", 2)
+    monkeypatch.setattr(bridge, "TUNE_STEPS", 1)
+    shared = {"model": "m", "shots": 4, "icl": 0.5, "icl_ci95": (0.4, 0.6), "icl_gain": 0.3}
+    shared |= {"num_items": 40, "target_ci95": (0.0, 1.0)}
+    before = SummaryRow(
+        arm="before", retention=1.0, retention_ci95=(1.0, 1.0), target=0.2, **shared
+    )
+    plain = SummaryRow(arm="plain", retention=0.3, retention_ci95=(0.2, 0.4), target=0.9, **shared)
+    document = ResultDocument(models=[], scores=[], summary=[before, plain], cost=Cost())
+    (tmp_path / "results.json").write_text(document.to_json(), encoding="utf-8")
+    record = run("bridge", study=tmp_path, num_prompts=1000, num_numbers=200_000)
+    real = [p for p in record.points if p.panel == "real models"]
+    assert [(p.series, p.x) for p in real] == [("plain", pytest.approx(0.875))]
+    assert real[0].measured == pytest.approx(0.7)
+    linear = {p.series: p for p in record.points if p.panel == "linear attention"}
+    assert linear["full"].x == pytest.approx(1.0, abs=1e-6)
+    assert linear["full"].predicted > 1.0 > 0.1 > linear["value_only"].predicted
+    with pytest.raises(ConfigError, match=r"no results\.json"):
+        run("bridge", study=tmp_path / "absent")

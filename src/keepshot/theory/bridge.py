@@ -84,7 +84,7 @@ def _linear(lab: Lab) -> tuple[list[TheoryRow], list[Point]]:
     points: list[Point] = []
     for name in heads:
         zero, few = measured[name, "target", 0], measured[name, "unseen", FEW]
-        gained = (before[0] - zero.measured) / (before[0] - lab.spec.sigma2)
+        gained = (before[0] - zero.predicted) / (before[0] - lab.spec.sigma2)
         scale = trivial - before[1]
         points.append(
             Point(panel=LINEAR, series=name, x=gained,
@@ -128,9 +128,10 @@ def _transformer(lab: Lab) -> list[Point]:
 
 def _errors(model: transformer.Regressor, lab: Lab) -> tuple[tuple[float, float], ...]:
     """Return the target's error at zero shots and unseen tasks' at `FEW`, with standard errors."""
+    size = min(8192, lab.spec.num_prompts)
     return (
-        transformer.error(model, lab.world, lab.theta, 0, lab.generator(22)),
-        transformer.error(model, lab.world, lab.spec.norm, FEW, lab.generator(23)),
+        transformer.error(model, lab.world, lab.theta, 0, lab.generator(22), size),
+        transformer.error(model, lab.world, lab.spec.norm, FEW, lab.generator(23), size),
     )
 
 
