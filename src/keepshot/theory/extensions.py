@@ -132,8 +132,8 @@ def _kl_term(lab: Lab) -> tuple[list[TheoryRow], list[Point], str]:
     before = {key: lab.error(start, *where) for key, where in AXES.items()}
     held = {key: lab.error(full[1], *where) for key, where in AXES.items()}
     words = (
-        f"With the KL term at weight {WEIGHTS[1]:g}, full tuning ends at "
-        f"{held['target, 0 shots']:.3f} on the target at zero shots (before: "
+        f"With the KL term at weight {WEIGHTS[1]:g}, full tuning is at flow time "
+        f"{TUNING_TIME:g} at {held['target, 0 shots']:.3f} on the target at zero shots (before: "
         f"{before['target, 0 shots']:.3f}) and at {held['unseen, 20 shots']:.3f} on unseen tasks "
         f"at {FEW} shots (before: {before['unseen, 20 shots']:.3f})."
     )
@@ -191,8 +191,12 @@ def _low_rank(lab: Lab) -> tuple[list[Point], str]:
     words = (
         f"An update of Q of rank {ranks[0]} reaches {least['target, 0 shots']:.3f} on the target "
         f"at zero shots and {least['unseen, 20 shots']:.3g} on unseen tasks at {FEW} shots "
-        f"(before: {before:.3f}; mean of {NUM_SEEDS} starts): low rank does not protect, since one "
-        "direction is enough to hold the constant score."
+        f"(before: {before:.3f}; mean of {NUM_SEEDS} starts, flow time {TUNING_TIME:g})"
+        + (
+            ": low rank does not protect, one direction is enough to hold the constant score."
+            if least["unseen, 20 shots"] > 1.2 * before
+            else "; the descent is too slow here to have done its harm by then."
+        )
     )
     return points, words
 
@@ -245,8 +249,13 @@ def _softmax(lab: Lab) -> tuple[list[Point], list[Check], str]:
     most = lab.spec.shots[-1]
     words = (
         "With softmax in place of linear attention a lone token attends to itself whatever Q is: "
-        "full and value-only tuning are the same and reach the noise floor; on unseen tasks at "
+        "full and value-only tuning are the same and reach the noise floor. On unseen tasks at "
         f"{most} shots the error goes from {found['pretrained']:.3f} to "
-        f"{found['full = value_only']:.3f}: what survives is the harm, not the cure."
+        f"{found['full = value_only']:.3f}"
+        + (
+            ": the harm survives, the cure does not."
+            if found["full = value_only"] > 1.1 * found["pretrained"]
+            else "."
+        )
     )
     return points, checks, words
