@@ -214,6 +214,49 @@ def blend(
 
 
 @app.command()
+def theory(
+    claim: Annotated[
+        list[str] | None, typer.Option("--claim", help="A claim; all but `bridge` if left out.")
+    ] = None,
+    d: Annotated[int | None, typer.Option("--d", help="Number of inputs.")] = None,
+    sigma2: Annotated[float | None, typer.Option("--sigma2", help="Variance of the noise.")] = None,
+    spectrum: Annotated[
+        str | None, typer.Option("--spectrum", help="Eigenvalues of the covariance: 4,2,1.")
+    ] = None,
+    shots: Shots = None,
+    pretrain_shots: Annotated[
+        float | None, typer.Option("--pretrain-shots", help="Of pretraining prompts; or inf.")
+    ] = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: DType = None,
+    set_: Set = None,
+) -> None:
+    """Check, in closed form and in simulation, why value-only tuning keeps few-shot ability."""
+    from keepshot.jobs.recipes import theory_spec
+
+    given = _given(
+        claims=claim, d=d, sigma2=sigma2, spectrum=_decimals("--spectrum", spectrum),
+        shots=_numbers("--shots", shots), pretrain_shots=pretrain_shots, seed=seed, device=device,
+        dtype=dtype,
+    )  # fmt: skip
+    spec = theory_spec(given, set_ or [])
+    with _working(as_json) as screen:
+        screen.stage("starting")
+        from keepshot.jobs.theory import theory as theory_job
+
+        document, out_dir = theory_job(spec, out, screen, overwrite=overwrite)
+    if as_json:
+        return typer.echo(document.to_json())
+    from keepshot.screen import show_theory
+
+    show_theory(document, out_dir)
+
+
+@app.command()
 def report(
     dirs: Annotated[list[Path], typer.Argument(help="Run directories.", metavar="DIR...")],
     out: Out = None,
@@ -360,6 +403,15 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"{option} {text!r}: expected whole numbers, such as 0,4") from None
+
+
+def _decimals(option: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{option} {text!r}: expected numbers, such as 4,2,1") from None
 
 
 def _show(document: ResultDocument, as_json: bool, out: Path | None) -> None:

@@ -23,6 +23,9 @@ SURFACE = {
     "blend": SPEC
     | {"--lambda", "--sweep", "--tasks", "--target", "--pick", "--shots", "--seeds", "--limit"}
     | {"--accept-licence"},
+    "theory": COMMON
+    | {"--claim", "--d", "--sigma2", "--spectrum", "--shots", "--pretrain-shots"}
+    | {"--seed", "--device", "--dtype", "--set", "--overwrite"},
     "report": COMMON,
     "verify": {"--json"},
     "query": {"--json"},

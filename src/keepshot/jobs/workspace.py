@@ -32,11 +32,17 @@ FINISHED_PARTS = ("*.parquet", "tuning.json", "blend.json", "trainer_state.json"
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scipy")
 
 
-def free_name(parent: Path, name: str) -> Path:
-    """Return `parent/name`, or `parent/name-2` and so on where a finished run has that name."""
+def free_name(parent: Path, name: str, record: str = "results.json") -> Path:
+    """Return `parent/name`, or `parent/name-2` and so on where a finished run has that name.
+
+    Args:
+        parent: directory of runs.
+        name: the first name tried.
+        record: the file whose presence means that a run is finished.
+    """
     candidate = parent / name
     number = 1
-    while (candidate / "results.json").exists():
+    while (candidate / record).exists():
         number += 1
         candidate = parent / f"{name}-{number}"
     return candidate
