@@ -321,6 +321,18 @@ def methods(as_json: Json = False) -> None:
         _print_table(["name", "kind", "description"], [list(row.values()) for row in rows])
 
 
+@app.command(
+    name="lm-eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness; its `--model keepshot` is our engine, all else is its own."""
+    from keepshot.harness.launch import run_harness
+
+    run_harness(context.args)
+
+
 # -- what the commands share -------------------------------------------------------------------
 
 

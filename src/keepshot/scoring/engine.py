@@ -18,9 +18,10 @@ from keepshot.models.loading import LanguageModel
 from keepshot.records import Cost
 from keepshot.scoring.decoding import Answer, open_answer
 from keepshot.scoring.forward import Sharing, Trunk
+from keepshot.scoring.head import read_logits
 from keepshot.scoring.prefix import Limits, Plan, build_trie, plan
 from keepshot.scoring.request import Request, Result, targets, tokens_to_read
-from keepshot.scoring.shared import Reading, SharedRun, read_logits
+from keepshot.scoring.shared import Reading, SharedRun
 
 Progress = Callable[[int, int], None]
 CPU_LIMITS = Limits(batch=1024)
