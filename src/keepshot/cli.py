@@ -96,6 +96,9 @@ def measure(
     limit: Limit = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what it would cost, and stop.")] = False,
     template: Annotated[str | None, typer.Option("--template", help="Prompt template.")] = None,
+    lm_eval_out: Annotated[
+        Path | None, typer.Option("--lm-eval-out", help="Write results in lm-eval's format too.")
+    ] = None,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -126,6 +129,10 @@ def measure(
             return _print_plan(costs, as_json)
         workspace = _workspace(out, "", spec, overwrite) if out else None
         measured = measure_models(spec, store, workspace, screen)
+    if lm_eval_out:
+        from keepshot.harness.results import write_results
+
+        write_results(measured.document, lm_eval_out)
     _show(measured.document, as_json, out)
     _check_gate(measured.document, require_retention)
 

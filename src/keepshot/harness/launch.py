@@ -39,9 +39,8 @@ def run_harness(arguments: Sequence[str]) -> None:
 
 def unknown_tasks(names: Sequence[str], known: Sequence[str] | None = None) -> str:
     """Word the message for tasks that lm-eval does not have, with the nearest that it has."""
-    if known is None:
-        known = lm_eval("tasks").TaskManager().all_tasks
-    found = [f"{name!r}{_hint(nearest(name, known))}" for name in names]
+    listed: Sequence[str] = known or lm_eval("tasks").TaskManager().all_tasks
+    found = [f"{name!r}{_hint(nearest(name, listed))}" for name in names]
     tasks = "task" if len(found) == 1 else "tasks"
     return f"lm-eval has no {tasks} {', '.join(found)}; `keepshot lm-eval ls tasks` lists all"
 

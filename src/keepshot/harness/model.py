@@ -171,7 +171,8 @@ class KeepshotLM(TemplateLM):
         """Return (log-likelihood, is_greedy) of each (context, continuation)."""
         # Contexts recur for every answer: each is tokenised once.
         seen: dict[str, Tokens] = {}
-        pairs = [self._encode(*request.args, seen) for request in requests]
+        asked: list[tuple[str, str]] = [request.args for request in requests]
+        pairs = [self._encode(context, continuation, seen) for context, continuation in asked]
         found = self._run([self._cut_left(*pair) for pair in pairs], disable_tqdm)
         answers: list[tuple[float, bool]] = []
         for request, result in zip(requests, found, strict=True):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from keepshot import records
 from keepshot.assets import AssetStore
 from keepshot.errors import ConfigError, unknown
+from keepshot.harness.tasks import harness_tasks, split_names
 from keepshot.jobs.specs import MeasureSpec, Measuring
 from keepshot.jobs.workspace import Workspace
 from keepshot.models.loading import LanguageModel, load
@@ -94,12 +95,13 @@ def read_tasks(
         ConfigError: if there is no such template.
         TaskError: if a task does not exist, or has fewer demonstrations than shots.
     """
-    tasks = resolve_tasks(
-        measuring.tasks,
-        store,
-        shots=max(measuring.shots),
-        validation_share=0.5 if validation else 0.0,
-    )
+    shots, share = max(measuring.shots), 0.5 if validation else 0.0
+    own, theirs = split_names(measuring.tasks)
+    tasks: list[Task] = []
+    if own or not theirs:
+        tasks += resolve_tasks(own, store, shots=shots, validation_share=share)
+    if theirs:
+        tasks += harness_tasks(theirs, shots=shots, validation_share=share)
     check_shots(tasks, measuring.shots)
     if measuring.template is None:
         return tuple(tasks)

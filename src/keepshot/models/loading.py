@@ -226,8 +226,8 @@ def own_dtype(reference: str, store: AssetStore, *, trust_remote_code: bool = Fa
     if isinstance(parsed, AdapterDirectory):
         return own_dtype(parsed.base, store, trust_remote_code=trust_remote_code)
     path = locate(parsed, store, trust_remote_code=trust_remote_code) / "config.json"
-    config: dict[str, Any] = read_json(path) if path.is_file() else {}
-    inner: dict[str, Any] = config.get("text_config") or {}
+    config: Any = read_json(path) if path.is_file() else {}
+    inner: Any = config.get("text_config") or {}
     named = (c.get(key) for c in (config, inner) for key in ("dtype", "torch_dtype"))
     return next((name for name in named if name in DTYPES), "float32")
 

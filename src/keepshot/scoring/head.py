@@ -81,7 +81,7 @@ def _read_in_slices(
     total = torch.zeros(num_rows, device=device)
     places = torch.tensor(pairs, dtype=torch.long, device=device).reshape(-1, 2)
     read = torch.zeros(len(pairs), device=device)
-    offset: Tensor | None = head.bias
+    offset: Any = head.bias
     for start in range(0, head.out_features, width):
         stop = min(start + width, head.out_features)
         bias = None if offset is None else offset[start:stop]
