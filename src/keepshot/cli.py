@@ -99,6 +99,15 @@ def measure(
     lm_eval_out: Annotated[
         Path | None, typer.Option("--lm-eval-out", help="Write results in lm-eval's format too.")
     ] = None,
+    no_share: Annotated[
+        bool, typer.Option("--no-share", help="Read every prompt from its start: the reference.")
+    ] = False,
+    server: Annotated[
+        str | None, typer.Option("--server", help="OpenAI-compatible server that generates.")
+    ] = None,
+    server_model: Annotated[
+        str | None, typer.Option("--server-model", help="The model's name on the server.")
+    ] = None,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -120,15 +129,24 @@ def measure(
     )  # fmt: skip
     spec = measure_spec(given, set_ or [])
     store = _store(accept_licence)
-    with _working(as_json) as screen:
+    first = os.environ.get("RANK", "0") == "0"
+    with _working(as_json or not first) as screen:
         screen.stage("starting")
         from keepshot.jobs.measure import measure_models, plan_cost
+        from keepshot.scoring.processes import join_processes
+        from keepshot.scoring.server import Server
 
         if plan:
             costs = plan_cost(spec, store, screen)
             return _print_plan(costs, as_json)
-        workspace = _workspace(out, "", spec, overwrite) if out else None
-        measured = measure_models(spec, store, workspace, screen)
+        processes = join_processes(os.environ)
+        served = Server(server, server_model) if server else None
+        workspace = _workspace(out, "", spec, overwrite) if out and first else None
+        measured = measure_models(
+            spec, store, workspace, screen, processes=processes, server=served, share=not no_share
+        )
+    if not first:
+        return
     if lm_eval_out:
         from keepshot.harness.results import write_results
 
