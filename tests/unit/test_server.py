@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -11,7 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from keepshot.assets import AssetStore
 from keepshot.errors import ConfigError, ModelError
+from keepshot.jobs.measure import measure_models
+from keepshot.jobs.specs import MeasureSpec
+from keepshot.models.loading import save
+from keepshot.progress import Silent
 from keepshot.scoring.engine import Engine
 from keepshot.scoring.request import Generate, GreedyMatch, LogLikelihood
 from keepshot.scoring.server import ServedEngine, Server
@@ -142,7 +148,7 @@ def test_failures_name_the_request_and_keep_what_is_finished(
 def test_slow_server_is_given_up_in_time(address: str) -> None:
     server = Server(address, timeout=0.3, tries=2, pause=0.01)
     started = time.monotonic()
-    with pytest.raises(ModelError, match="after 2 tries: .*timed out"):
+    with pytest.raises(ModelError, match=r"after 2 tries: .*timed out"):
         server.complete("Q: slow", 5, ())
     assert time.monotonic() - started < 3
 
@@ -164,3 +170,21 @@ def test_several_models_need_a_name(address: str) -> None:
     with pytest.raises(ConfigError, match=r"has 2 models \(a, b\); say which one"):
         Server(address).model_name()
     assert Server(f"{address}/v1/", model="b").complete("x", 3, ()).text.startswith(" x")
+
+
+def test_measure_sends_exact_tasks_to_the_server(
+    address: str, tmp_path: Path, store: AssetStore
+) -> None:
+    save(pico_model("llama"), tmp_path / "model")
+    rows = [{"input": f"say word{n}", "output": f"word{n}"} for n in range(8)]
+    file = tmp_path / "echo.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    spec = MeasureSpec(
+        models=(str(tmp_path / "model"),), tasks=(str(file),), shots=(0,), seeds=1,
+        template="input-output",
+    )  # fmt: skip
+    measured = measure_models(spec, store, None, Silent(), server=patient(address))
+    assert {row.answer for row in measured.items} == {"Output:"}, "the prompt's last word"
+    many = spec.model_copy(update={"models": (*spec.models, "other")})
+    with pytest.raises(ConfigError, match="serves one model"):
+        measure_models(many, store, None, Silent(), server=patient(address))
