@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +176,25 @@ def test_command_line_passes_flags_through(tmp_path: Path) -> None:
     assert written["config"]["keepshot_sharing"] == "packed"
     samples = next((tmp_path / "out").rglob("samples_*.jsonl")).read_text("utf-8")
     assert len(samples.splitlines()) == 5
+
+
+def test_two_processes_give_the_results_of_one(tmp_path: Path) -> None:
+    save(pico_model("llama"), tmp_path / "model")
+    arguments = ["lm-eval", "run", "--model", "keepshot", "--device", "cpu", "--tasks"]
+    arguments += [str(write_task(tmp_path)), "--num_fewshot", "3", "--model_args"]
+    arguments += [f"pretrained={tmp_path / 'model'}", "--output_path"]
+    two = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29519"]
+    found: list[Any] = []
+    for number, launcher in enumerate(([], two)):
+        out = tmp_path / f"out-{number}"
+        command = [sys.executable, *launcher, "-m", "keepshot", *arguments, str(out)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.count("|trees") == 1, "one process prints"
+        (path,) = out.rglob("results_*.json")
+        found.append(json.loads(path.read_text("utf-8")))
+    assert found[0]["results"] == found[1]["results"]
+    assert [content["config"]["keepshot_processes"] for content in found] == [1, 2]
 
 
 def test_command_line_words_what_the_user_can_mend(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from keepshot.errors import ConfigError, TaskError, unknown
 from keepshot.harness.extra import lm_eval
 from keepshot.models.loading import LanguageModel, load, own_dtype
 from keepshot.scoring.engine import Engine
+from keepshot.scoring.processes import Processes, join_processes
 from keepshot.scoring.request import (
     Generate,
     GenerateResult,
@@ -76,6 +77,9 @@ class KeepshotLM(TemplateLM):
         super().__init__()
         if others:
             raise ConfigError(_unknown_argument(next(iter(others))))
+        # Under torchrun every process runs lm-eval's loop and the engine shares the requests out;
+        # lm-eval writes and prints in the first one alone.
+        processes = join_processes(os.environ)
         if isinstance(pretrained, str):
             licences = frozenset([accept_licence]) if accept_licence else frozenset[str]()
             store = AssetStore.from_environment(os.environ, accepted_licences=licences)
@@ -85,13 +89,15 @@ class KeepshotLM(TemplateLM):
             pretrained = load(
                 pretrained,
                 store,
-                device=_usable(device),
+                device=_usable(device, processes),
                 dtype=SPELLINGS.get(dtype, dtype),
                 trust_remote_code=trust,
             )
         self.language_model = pretrained
         self.tokenizer: Any = pretrained.tokenizer
-        self.engine = Engine(pretrained, share=share, batch_tokens=batch_tokens)
+        self.engine = Engine(
+            pretrained, share=share, batch_tokens=batch_tokens, processes=processes
+        )
         self.max_length = max_length or pretrained.context_length
         self._add_bos = add_bos_token
         self._device = pretrained.device
@@ -128,6 +134,7 @@ class KeepshotLM(TemplateLM):
             "model_revision": "",
             "model_sha": model.sha256,
             "keepshot_sharing": self.engine.sharing,
+            "keepshot_processes": self.engine.processes.size,
         }
 
     def apply_chat_template(
@@ -290,11 +297,13 @@ class KeepshotLM(TemplateLM):
             return self.engine.run(requests, show)
 
 
-def _usable(device: str | None) -> str:
+def _usable(device: str | None, processes: Processes) -> str:
     """Return the device, or the CPU: lm-eval asks for a GPU by default, be there one or not."""
     cuda = torch.cuda.is_available()
     if device is None or (device.startswith("cuda") and not cuda):
-        return "cuda" if cuda else "cpu"
+        device = "cuda" if cuda else "cpu"
+    if device.startswith("cuda") and processes.size > 1:
+        return f"cuda:{processes.local_rank}"
     return device
 
 

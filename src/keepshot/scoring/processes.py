@@ -70,7 +70,8 @@ def join_processes(environ: Mapping[str, str]) -> Processes:
             f"WORLD_SIZE is set but {error} is not; start with `torchrun --nproc_per_node N -m "
             "keepshot ...`, or unset WORLD_SIZE"
         ) from None
-    torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
     return Processes(rank, size, local_rank)
 
 
