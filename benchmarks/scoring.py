@@ -6,6 +6,7 @@
 Each measurement is a process of its own, so that memory can be compared: it loads the model, asks
 lm-eval's interface once for a few requests, and times one `loglikelihood` call over the workload,
 tokenising included. Tools alternate. Results are kept as they come: a run that was stopped goes on.
+`--clock process` counts processor seconds, for a machine that others use too; give it one thread.
 """
 
 from __future__ import annotations
@@ -74,6 +75,11 @@ class Outcome:
     """Tokens a second of a plain forward pass of the whole model, head included, at its best."""
     trunk_rate: float
     """The same without the head."""
+    clock: str = "wall"
+    threads: int = 2
+
+
+CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 
 
 def few_shot(
@@ -163,6 +169,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="alternating runs of each tool")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--quick", action="store_true", help="the HellaSwag shape once, no file")
     parser.add_argument("--table", type=Path, help="Markdown file whose table is replaced")
     parser.add_argument(
@@ -171,7 +178,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.measure:
         name, tool, number = arguments.measure
-        print(json.dumps(asdict(measure(name, tool, int(number), arguments.threads))))
+        setting = (arguments.clock, arguments.threads)
+        print(json.dumps(asdict(measure(name, tool, int(number), *setting))))
         return
     names = ["endings"] if arguments.quick else arguments.workloads
     outcomes = [] if arguments.quick else read(arguments.results)
@@ -180,7 +188,7 @@ def main() -> None:
             for tool in TOOLS if number % 2 == 0 else TOOLS[::-1]:
                 if any((o.workload, o.tool, o.round) == (name, tool, number) for o in outcomes):
                     continue
-                outcomes.append(in_process(name, tool, number, arguments.threads))
+                outcomes.append(in_process(name, tool, number, arguments))
                 print(f"{name} {tool}: {outcomes[-1].seconds:.2f} s", file=sys.stderr, flush=True)
                 if not arguments.quick:
                     write_text(
@@ -196,16 +204,18 @@ def read(path: Path) -> list[Outcome]:
     return [Outcome(**row) for row in json.loads(path.read_text("utf-8"))] if path.exists() else []
 
 
-def in_process(name: str, tool: str, number: int, threads: int) -> Outcome:
+def in_process(name: str, tool: str, number: int, setting: argparse.Namespace) -> Outcome:
     """Measure in a process of its own."""
-    command = [sys.executable, __file__, "--threads", str(threads)]
+    threads = setting.threads
+    command = [sys.executable, __file__, "--threads", str(threads), "--clock", setting.clock]
     command += ["--measure", name, tool, str(number)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return Outcome(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def measure(name: str, tool: str, number: int, threads: int) -> Outcome:
+def measure(name: str, tool: str, number: int, clock: str, threads: int) -> Outcome:
+    now = CLOCKS[clock]
     torch.set_num_threads(threads)
     workload = WORKLOADS[name]
     store = AssetStore.from_environment(os.environ)
@@ -216,16 +226,16 @@ def measure(name: str, tool: str, number: int, threads: int) -> Outcome:
     # A first call allocates and compiles; no prompt of the workload begins like these.
     score(backend, [("a b c", " d e"), ("a b c", " f"), ("b c", " d")])
     resident = reset_peak()
-    started = time.perf_counter()
+    started = now()
     if workload.one_by_one:
         found = [score(backend, [(q.context, c) for c in q.continuations]) for q in questions]
         scores = [value for values in found for value in values]
     else:
         scores = score(backend, pairs)
-    seconds = time.perf_counter() - started
+    seconds = now() - started
     peak = peak_kib() - resident
     # Whole model and trunk by turns, so that both see the machine in the same state.
-    rates = bare_rates(model) if tool == "keepshot" else (0.0, 0.0)
+    rates = bare_rates(model, now) if tool == "keepshot" else (0.0, 0.0)
     requests = [LogLikelihood(*map(tuple, model.encode_pair(*pair))) for pair in pairs]
     sequences = [tokens_to_read(request) for request in requests]
     calls = [[s] for s in sequences] if workload.one_by_one else [sequences]
@@ -244,6 +254,8 @@ def measure(name: str, tool: str, number: int, threads: int) -> Outcome:
         naive_tokens=sum(map(len, sequences)),
         bare_rate=rates[0],
         trunk_rate=rates[1],
+        clock=clock,
+        threads=threads,
     )
 
 
@@ -277,7 +289,7 @@ def accuracy(questions: Sequence[Question], scores: Sequence[float]) -> float:
     return right / len(questions)
 
 
-def bare_rates(model: LanguageModel) -> tuple[float, float]:
+def bare_rates(model: LanguageModel, now: Callable[[], float]) -> tuple[float, float]:
     """Tokens a second of a plain forward pass, at the best of some batch shapes."""
     module: Any = model.module
     best = [0.0, 0.0]
@@ -286,9 +298,9 @@ def bare_rates(model: LanguageModel) -> tuple[float, float]:
             ids = torch.randint(5, module.config.vocab_size - 5, (rows, length))
             for place, run in enumerate((module, module.base_model)):
                 for _ in range(2):
-                    started = time.perf_counter()
+                    started = now()
                     run(ids, use_cache=False)
-                    best[place] = max(best[place], ids.numel() / (time.perf_counter() - started))
+                    best[place] = max(best[place], ids.numel() / (now() - started))
     return best[0], best[1]
 
 

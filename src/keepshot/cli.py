@@ -124,8 +124,8 @@ def measure(
 
     given = _given(
         models=models, tasks=_names(tasks), shots=_numbers("--shots", shots), seeds=seeds,
-        limit=limit, template=template, seed=seed, device=device, dtype=dtype,
-        trust_remote_code=trust_remote_code,
+        limit=limit, template=template, server=server, server_model=server_model, seed=seed,
+        device=device, dtype=dtype, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     spec = measure_spec(given, set_ or [])
     store = _store(accept_licence)
@@ -134,16 +134,14 @@ def measure(
         screen.stage("starting")
         from keepshot.jobs.measure import measure_models, plan_cost
         from keepshot.scoring.processes import join_processes
-        from keepshot.scoring.server import Server
 
         if plan:
             costs = plan_cost(spec, store, screen)
             return _print_plan(costs, as_json)
         processes = join_processes(os.environ)
-        served = Server(server, server_model) if server else None
         workspace = _workspace(out, "", spec, overwrite) if out and first else None
         measured = measure_models(
-            spec, store, workspace, screen, processes=processes, server=served, share=not no_share
+            spec, store, workspace, screen, processes=processes, share=not no_share
         )
     if not first:
         return

@@ -181,10 +181,10 @@ def test_measure_sends_exact_tasks_to_the_server(
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     spec = MeasureSpec(
         models=(str(tmp_path / "model"),), tasks=(str(file),), shots=(0,), seeds=1,
-        template="input-output",
+        template="input-output", server=address,
     )  # fmt: skip
-    measured = measure_models(spec, store, None, Silent(), server=patient(address))
+    measured = measure_models(spec, store, None, Silent())
     assert {row.answer for row in measured.items} == {"Output:"}, "the prompt's last word"
     many = spec.model_copy(update={"models": (*spec.models, "other")})
     with pytest.raises(ConfigError, match="serves one model"):
-        measure_models(many, store, None, Silent(), server=patient(address))
+        measure_models(many, store, None, Silent())

@@ -41,7 +41,6 @@ def measure_models(
     progress: Progress,
     *,
     processes: Processes = ALONE,
-    server: Server | None = None,
     share: bool = True,
 ) -> Measured:
     """Measure every model of `spec` on the same questions, paired.
@@ -52,12 +51,12 @@ def measure_models(
         workspace: where to keep finished models' rows and the result; None keeps nothing.
         progress: told of stages.
         processes: those that share the work; all but the first come without a workspace.
-        server: generates in the model's place; log-likelihoods stay here.
         share: compute shared beginnings once (else: the slow reference).
 
     Raises:
         UserError: before any model is loaded, wherever the fault can be seen by then.
     """
+    server = Server(spec.server, spec.server_model) if spec.server else None
     if server and (len(spec.models) > 1 or processes.size > 1):
         raise ConfigError(
             f"--server {server.url!r} serves one model to one process; name one model, and start "
