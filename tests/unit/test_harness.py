@@ -178,6 +178,11 @@ def test_command_line_passes_flags_through(tmp_path: Path) -> None:
     assert len(samples.splitlines()) == 5
 
 
+def test_other_models_stay_known() -> None:
+    code = "import keepshot.harness.model; from lm_eval.api.registry import get_model as g; g('hf')"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
 def test_two_processes_give_the_results_of_one(tmp_path: Path) -> None:
     save(pico_model("llama"), tmp_path / "model")
     arguments = ["lm-eval", "run", "--model", "keepshot", "--device", "cpu", "--tasks"]
