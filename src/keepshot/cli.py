@@ -99,6 +99,18 @@ def measure(
     limit: Limit = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what it would cost, and stop.")] = False,
     template: Annotated[str | None, typer.Option("--template", help="Prompt template.")] = None,
+    lm_eval_out: Annotated[
+        Path | None, typer.Option("--lm-eval-out", help="Write results in lm-eval's format too.")
+    ] = None,
+    no_share: Annotated[
+        bool, typer.Option("--no-share", help="Read every prompt from its start: the reference.")
+    ] = False,
+    server: Annotated[
+        str | None, typer.Option("--server", help="OpenAI-compatible server that generates.")
+    ] = None,
+    server_model: Annotated[
+        str | None, typer.Option("--server-model", help="The model's name on the server.")
+    ] = None,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -115,20 +127,32 @@ def measure(
 
     given = _given(
         models=models, tasks=_names(tasks), shots=_numbers("--shots", shots), seeds=seeds,
-        limit=limit, template=template, seed=seed, device=device, dtype=dtype,
-        trust_remote_code=trust_remote_code,
+        limit=limit, template=template, server=server, server_model=server_model, seed=seed,
+        device=device, dtype=dtype, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     spec = measure_spec(given, set_ or [])
     store = _store(accept_licence)
-    with _working(as_json) as screen:
+    first = os.environ.get("RANK", "0") == "0"
+    with _working(as_json or not first) as screen:
         screen.stage("starting")
         from keepshot.jobs.measure import measure_models, plan_cost
+        from keepshot.scoring.processes import join_processes
 
         if plan:
             costs = plan_cost(spec, store, screen)
             return _print_plan(costs, as_json)
-        with _workspace(out, "", spec, overwrite) if out else nullcontext() as workspace:
-            measured = measure_models(spec, store, workspace, screen)
+        processes = join_processes(os.environ)
+        place = _workspace(out, "", spec, overwrite) if out and first else nullcontext()
+        with place as workspace:
+            measured = measure_models(
+                spec, store, workspace, screen, processes=processes, share=not no_share
+            )
+    if not first:
+        return
+    if lm_eval_out:
+        from keepshot.harness.results import write_results
+
+        write_results(measured.document, lm_eval_out)
     _show(measured.document, as_json, out)
     _check_gate(measured.document, require_retention)
 
@@ -365,6 +389,18 @@ def methods(as_json: Json = False) -> None:
         _print_json({"methods": rows})
     else:
         _print_table(["name", "kind", "description"], [list(row.values()) for row in rows])
+
+
+@app.command(
+    name="lm-eval",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness; its `--model keepshot` is our engine, all else is its own."""
+    from keepshot.harness.launch import run_harness
+
+    run_harness(context.args)
 
 
 # -- what the commands share -------------------------------------------------------------------

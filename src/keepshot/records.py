@@ -72,6 +72,8 @@ class ModelRecord(_Record):
     sha256: str
     num_parameters: int
     dtype: str
+    sharing: Literal["packed", "rows", "plain"] | None = None
+    """How far prompts could share what they have in common; None if it was not measured now."""
 
 
 class Score(_Record):
@@ -120,6 +122,7 @@ class Cost(_Record):
     seconds: float = 0.0
     tokens_prefilled: int = 0
     tokens_naive: int = 0
+    processes: int = 1
 
 
 class PathPoint(_Record):

@@ -123,6 +123,10 @@ class LanguageModel:
         bos = list(self.bos_ids)
         return ids if ids[: len(bos)] == bos else bos + ids
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the token ids of `text` alone, without BOS or EOS."""
+        return self._tokenize(text, special=False)
+
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokenise context and continuation together and split them where the context ends.
 
@@ -244,6 +248,24 @@ def locate(
             return convert(reference.path, store)
         case _:
             assert_never(reference)
+
+
+def own_dtype(reference: str, store: AssetStore, *, trust_remote_code: bool = False) -> str:
+    """Return the dtype that a model's config.json says its weights have; float32 if it does not.
+
+    Raises:
+        ModelError: if the reference leads nowhere.
+    """
+    parsed = parse_reference(reference)
+    if isinstance(parsed, RunDirectory):
+        parsed = parsed.inner
+    if isinstance(parsed, AdapterDirectory):
+        return own_dtype(parsed.base, store, trust_remote_code=trust_remote_code)
+    path = locate(parsed, store, trust_remote_code=trust_remote_code) / "config.json"
+    config: Any = read_json(path) if path.is_file() else {}
+    inner: Any = config.get("text_config") or {}
+    named = (c.get(key) for c in (config, inner) for key in ("dtype", "torch_dtype"))
+    return next((name for name in named if name in DTYPES), "float32")
 
 
 def save(model: LanguageModel, out_dir: Path, *, overwrite: bool = False) -> None:
@@ -446,5 +468,6 @@ __all__ = [
     "load",
     "locate",
     "outline",
+    "own_dtype",
     "save",
 ]

@@ -89,6 +89,8 @@ class Task:
             for split in (self.demonstrations, self.validation, self.test, self.train)
         ]
         shape = [self.template.question, self.template.answer, self.template.separator]
+        if self.template.description:
+            shape.append(self.template.description)
         content = [self.name, self.kind, self.version, shape, rows]
         return _digest(json.dumps(content, ensure_ascii=False))[:16]
 
