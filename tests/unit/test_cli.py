@@ -19,7 +19,7 @@ SURFACE = {
     "run": SPEC | {"--model", "--data", "--accept-licence", "--require-retention"},
     "measure": SPEC
     | {"--tasks", "--shots", "--seeds", "--limit", "--plan", "--template", "--accept-licence"}
-    | {"--require-retention", "--server", "--server-model", "--no-share", "--lm-eval-out"},
+    | {"--require-retention", "--server", "--server-model", "--lm-eval-out"},
     "lm-eval": set(),
     "tune": SPEC | {"--model", "--data", "--method", "--keep", "--accept-licence"},
     "blend": SPEC
