@@ -18,7 +18,8 @@ SURFACE = {
     "run": SPEC | {"--model", "--data", "--accept-licence", "--require-retention"},
     "measure": SPEC
     | {"--tasks", "--shots", "--seeds", "--limit", "--plan", "--template", "--accept-licence"}
-    | {"--require-retention"},
+    | {"--require-retention", "--server", "--server-model", "--lm-eval-out"},
+    "lm-eval": set(),
     "tune": SPEC | {"--model", "--data", "--method", "--keep", "--accept-licence"},
     "blend": SPEC
     | {"--lambda", "--sweep", "--tasks", "--target", "--pick", "--shots", "--seeds", "--limit"}
