@@ -25,6 +25,7 @@ from keepshot.scoring.request import (
     targets,
     tokens_to_read,
 )
+from keepshot.scoring.sampling import is_sampled, next_tokens
 
 ANSWERS_PER_BATCH = 1 / 20
 """Decoding waits for batch tokens times this many answers, so that a step is worth its while."""
@@ -174,13 +175,16 @@ class SharedRun:
                 for number, place in found
                 if place < len(self._targets[number])
             ]
+            logits = self._trunk.logits(hidden[rows, columns])
             likeliest, log_probs = read_logits(
-                self._trunk.logits(hidden[rows, columns]),
-                [(i, self._targets[number][place]) for i, number, place in readers],
+                logits, [(i, self._targets[number][place]) for i, number, place in readers]
             )
-            for token, (_, found) in zip(likeliest, part, strict=True):
+            for i, (token, (_, found)) in enumerate(zip(likeliest, part, strict=True)):
                 for number, place in found:
                     self._readings[number].likeliest[place] = token
+                    if is_sampled(self._requests[number]):
+                        drawn = next_tokens(logits[i : i + 1], [(self._requests[number], place)])
+                        self._readings[number].likeliest[place] = drawn[0]
             for log_prob, (_, number, place) in zip(log_probs, readers, strict=True):
                 self._readings[number].log_probs[place] = log_prob
 
