@@ -45,6 +45,12 @@ def proportion(num_correct: float, num_items: int) -> Interval:
     return Interval(share, float(min(low, share)), float(max(high, share)))
 
 
+def bootstrap_mean(values: NDArray[np.float64], generator: np.random.Generator) -> Interval:
+    """Return the mean of `values` [N] with a bootstrap interval over items."""
+    resampled = _multinomial_weights(len(values), generator) @ values
+    return _percentiles(float(values.mean()), resampled)
+
+
 def mean_over_tasks(tasks: Sequence[Matrix], generator: np.random.Generator) -> Interval:
     """Return the mean over tasks of the mean score, with a bootstrap interval.
 
