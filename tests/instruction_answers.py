@@ -84,7 +84,8 @@ def _body(asked: dict[str, dict[str, Any]]) -> str:
         sentences = [sentences[i % 3] for i in range(int(limit["num_sentences"]) + 1)]
     words = asked.get("length_constraints:number_words", {})
     if words.get("relation") == "less than":
-        sentences = ["Yes it is. "] if int(words["num_words"]) < 30 else sentences[:1]
+        short = int(words["num_words"]) < 30 and language not in FOREIGN
+        sentences = ["Yes it is. "] if short else sentences[:1]
     elif words:
         sentences = [PLAIN[i % 4] for i in range(int(words["num_words"]) // 8 + 1)]
     return "".join(sentences).strip()

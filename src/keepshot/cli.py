@@ -49,6 +49,10 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run a checkpoi
 Licence = Annotated[
     list[str] | None, typer.Option("--accept-licence", help="Accept a licence, such as gemma.")
 ]
+Follow = Annotated[
+    str | None,
+    typer.Option("--follow", help="Instructions too: embedded, ifeval, or a file of its format."),
+]
 Gate = Annotated[
     float | None, typer.Option("--require-retention", help="Exit with 3 below this retention.")
 ]
@@ -96,6 +100,7 @@ def measure(
     limit: Limit = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what it would cost, and stop.")] = False,
     template: Annotated[str | None, typer.Option("--template", help="Prompt template.")] = None,
+    follow: Follow = None,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -113,7 +118,7 @@ def measure(
     given = _given(
         models=models, tasks=_names(tasks), shots=_numbers("--shots", shots), seeds=seeds,
         limit=limit, template=template, seed=seed, device=device, dtype=dtype,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust_remote_code, following={"prompts": follow} if follow else None,
     )  # fmt: skip
     spec = measure_spec(given, set_ or [])
     store = _store(accept_licence)
@@ -177,6 +182,7 @@ def blend(
     pick: Annotated[
         str | None, typer.Option("--pick", help="Rule, such as keep-target:0.9.")
     ] = None,
+    follow: Follow = None,
     shots: Shots = None,
     seeds: Seeds = None,
     limit: Limit = None,
@@ -198,7 +204,7 @@ def blend(
         base=base, tuned=tuned, lam=lam, sweep=parse_lambdas(sweep) if sweep else None,
         target=target, pick=pick, tasks=_names(tasks), shots=_numbers("--shots", shots),
         seeds=seeds, limit=limit, seed=seed, device=device, dtype=dtype,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust_remote_code, following={"prompts": follow} if follow else None,
     )  # fmt: skip
     spec = blend_spec(given, set_ or [])
     with _working(as_json) as screen:
@@ -208,6 +214,50 @@ def blend(
         workspace = _workspace(out, "blend", spec, overwrite)
         document = blend_job(spec, _store(accept_licence), workspace, screen)
     _show(document, as_json, workspace.out_dir)
+
+
+@app.command()
+def judge(
+    candidate: Annotated[str | None, typer.Argument(help="Outputs file, or a model.")] = None,
+    reference: Annotated[str | None, typer.Argument(help="Outputs file, or a model.")] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option("--judge", help="A model, a file of judgements, or MODEL@http://SERVER/v1."),
+    ] = None,
+    prompts: Annotated[str | None, typer.Option("--prompts", help="Prompts to answer.")] = None,
+    ifeval: Annotated[
+        str | None, typer.Option("--ifeval", help="Put verifiable instructions to this MODEL.")
+    ] = None,
+    limit: Limit = None,
+    sanity: Annotated[bool, typer.Option("--sanity", help="Test the judge itself too.")] = False,
+    out: Out = None,
+    as_json: Json = False,
+    device: Device = None,
+    dtype: DType = None,
+    set_: Set = None,
+    trust_remote_code: Trust = False,
+    accept_licence: Licence = None,
+) -> None:
+    """Compare two models' answers, or see how many verifiable instructions one follows."""
+    from keepshot.jobs.recipes import judge_spec
+
+    given = _given(
+        candidate=candidate, reference=reference, judges=by, prompts=prompts, ifeval=ifeval,
+        limit=limit, sanity=sanity, device=device, dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    spec = judge_spec(given, set_ or [])
+    with _working(as_json) as screen:
+        screen.stage("starting")
+        from keepshot.jobs.judge import judge as judge_job
+
+        key = os.environ.get("KEEPSHOT_JUDGE_KEY")
+        document = judge_job(spec, _store(accept_licence), out, screen, key=key)
+    if as_json:
+        return _print_json(document.model_dump(mode="json", by_alias=True))
+    from keepshot.screen import show_judged
+
+    show_judged(document)
 
 
 @app.command()
@@ -255,7 +305,7 @@ def query(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Ask the records of runs with SQL: tables items, scores, summary, path, training."""
+    """Ask the records with SQL: items, scores, summary, path, training, instructions."""
     from keepshot.query import query as run_query
 
     columns, rows = run_query(sql, dirs or sorted(Path("runs").glob("*")))

@@ -54,6 +54,26 @@ class ItemResult:
     label_leakage: float
 
 
+@dataclass(frozen=True)
+class InstructionRow:
+    """One prompt with verifiable instructions put to one model; a flag for each instruction."""
+
+    arm: str
+    model: str
+    lam: float | None
+    prompt_set: str
+    split: str
+    variant: str
+    style: str
+    key: str
+    prompt: str
+    answer: str
+    truncated: bool
+    types: list[str]
+    strict: list[bool]
+    loose: list[bool]
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -143,6 +163,30 @@ class TrainingRecord(_Record):
     losses: list[dict[str, float]] = Field(default_factory=list)
 
 
+class InstructionScore(_Record):
+    """How well one arm follows verifiable instructions, at one lambda on one part of a set."""
+
+    arm: str
+    model: str
+    lam: float | None = Field(default=None, validation_alias=_LAMBDA, serialization_alias="lambda")
+    prompt_set: str
+    split: str
+    variant: str
+    style: str
+    prompt_strict: float
+    prompt_strict_ci95: tuple[float, float]
+    prompt_loose: float
+    prompt_loose_ci95: tuple[float, float]
+    instruction_strict: float
+    instruction_strict_ci95: tuple[float, float]
+    instruction_loose: float
+    instruction_loose_ci95: tuple[float, float]
+    num_prompts: int
+    num_instructions: int
+    truncated: float
+    by_type: dict[str, float] = Field(default_factory=dict)
+
+
 class PickRecord(_Record):
     """Which lambda was picked, by which stated rule, from which points."""
 
@@ -168,6 +212,7 @@ class ResultDocument(_Record):
     path: list[PathPoint] = Field(default_factory=list)
     pick: PickRecord | None = None
     training: list[TrainingRecord] = Field(default_factory=list)
+    instructions: list[InstructionScore] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
 
     def to_json(self) -> str:
@@ -193,6 +238,54 @@ class ResultDocument(_Record):
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
             raise ConfigError(f"{path}: not a results document: {place}: {first['msg']}") from None
+
+
+class WinRate(_Record):
+    """The candidate's share of wins, ties counted half; percentages, with 95 % intervals."""
+
+    candidate: str
+    reference: str
+    judge: str
+    prompt_hash: str
+    win_rate: float
+    win_rate_ci95: tuple[float, float]
+    discrete_win_rate: float
+    length_controlled_win_rate: float | None
+    length_controlled_ci95: tuple[float, float] | None
+    position_bias: float | None
+    """How much more often than half the first answer is preferred, whichever it is; in points."""
+    num_comparisons: int
+    num_judged: int
+    num_tied: int
+    num_failed: int
+    num_off_label: int
+    failures: dict[str, int]
+    mean_length_candidate: float
+    mean_length_reference: float
+
+
+class Agreement(_Record):
+    """How far two judges agree on the comparisons that both judged."""
+
+    judges: tuple[str, str]
+    num_items: int
+    same_side: float
+    """Share on which both prefer the same answer, or both none."""
+    kappa: float
+    """Cohen's kappa of the same; 0 is what chance would give."""
+    rank_correlation: float
+
+
+class JudgeDocument(_Record):
+    """What `keepshot judge` prints and writes."""
+
+    keepshot: str = __version__
+    win_rates: list[WinRate] = Field(default_factory=list)
+    sanity: list[WinRate] = Field(default_factory=list)
+    agreement: list[Agreement] = Field(default_factory=list)
+    instructions: list[InstructionScore] = Field(default_factory=list)
+    policy: dict[str, Any] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
 
 
 ITEM_SCHEMA = pa.schema(
@@ -230,6 +323,32 @@ def read_items(path: Path) -> list[ItemResult]:
     names = {field.name for field in fields(ItemResult)}
     rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
     return [ItemResult(**{key: row[key] for key in names}) for row in rows]
+
+
+INSTRUCTION_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("arm", "model")),
+        ("lam", pa.float64()),
+        *((name, pa.string()) for name in ("prompt_set", "split", "variant", "style")),
+        *((name, pa.string()) for name in ("key", "prompt", "answer")),
+        ("truncated", pa.bool_()),
+        ("types", pa.list_(pa.string())),
+        ("strict", pa.list_(pa.bool_())),
+        ("loose", pa.list_(pa.bool_())),
+    ]
+)
+
+
+def write_instructions(rows: Sequence[InstructionRow], path: Path) -> None:
+    """Write rows of verifiable instructions as parquet, atomically."""
+    table = pa.Table.from_pylist([asdict(row) for row in rows], schema=INSTRUCTION_SCHEMA)
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def read_instructions(path: Path) -> list[InstructionRow]:
+    """Read the rows that `write_instructions` wrote."""
+    return [InstructionRow(**row) for row in pq.read_table(path).to_pylist()]
 
 
 def write_text(text: str, path: Path) -> None:

@@ -152,7 +152,7 @@ def test_every_type_has_a_check_and_repairs_name_existing_ones() -> None:
         ("keywords:existence", {"keywords": ["art"]}, "A party.", True, False),
         ("keywords:frequency", {"keyword": "is", "frequency": 2, "relation": "at least"},
             "This is.", True, False),
-        ("keywords:forbidden_words", {"forbidden_words": ["C++"]}, "I like C++ a lot", True, False),
+        ("keywords:forbidden_words", {"forbidden_words": ["C#"]}, "I like C# a lot", True, False),
         ("language:response_language", {"language": "fr"}, "12345", True, False),
         ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "one *** two", True, False),
         ("length_constraints:number_words", {"num_words": 4, "relation": "at least"},

@@ -10,6 +10,7 @@ from keepshot.blending.pick import check_rule, parse_rule, pick
 from keepshot.blending.sweep import sweep
 from keepshot.blending.write import write
 from keepshot.errors import ConfigError
+from keepshot.jobs.following import Follower
 from keepshot.jobs.measure import Ledger, model_record, plan_for, read_tasks
 from keepshot.jobs.specs import BlendSpec, Measuring
 from keepshot.jobs.target import load_target
@@ -77,9 +78,10 @@ def blend(
         return workspace.finish(empty, [])
     check_rule(parse_rule(spec.pick), spec.sweep, spec.target is not None)
     questions = _questions(spec, store, progress)
+    follower = Follower(spec.following, store, workspace, progress)
     workspace.begin()
     base, tuned = _load_both(spec, store, progress)
-    return _sweep_and_pick(spec, questions, (base, tuned), (workspace, progress))
+    return _sweep_and_pick(spec, questions, (base, tuned), (workspace, progress), follower)
 
 
 def _questions(spec: BlendSpec, store: AssetStore, progress: Progress) -> Questions:
@@ -97,11 +99,20 @@ def _sweep_and_pick(
     questions: Questions,
     pair: tuple[LanguageModel, LanguageModel],
     where: tuple[Workspace, Progress],
+    follower: Follower,
 ) -> ResultDocument:
     base, tuned = pair
     workspace, progress = where
     assert spec.sweep is not None
     ledger = Ledger(workspace, progress)
+
+    def asked(part: str, arm: str, lam: float, split: Split) -> list[ItemResult]:
+        rows = ledger.measured(part, base, questions.plans(split), arm=arm, lam=lam)
+        follower.follow(
+            f"{part}-instructions", base, arm=arm, lam=lam, split=split, engine=ledger.engine
+        )
+        return rows
+
     lams = sorted({0.0, *spec.sweep})
     target = questions.target.name if questions.target else None
     state = tuned.module.state_dict()
@@ -110,9 +121,7 @@ def _sweep_and_pick(
             base,
             state,
             lams,
-            lambda lam: ledger.measured(
-                f"path-{lam:g}", base, questions.plans("validation"), arm="path", lam=lam
-            ),
+            lambda lam: asked(f"path-{lam:g}", "path", lam, "validation"),
         )
     )
     path = path_points(rows, rows[0.0], target=target, split="validation")
@@ -125,9 +134,7 @@ def _sweep_and_pick(
             base,
             state,
             [lam],
-            lambda lam, arm=arm: ledger.measured(
-                f"test-{lam:g}", base, questions.plans("test"), arm=arm, lam=lam
-            ),
+            lambda lam, arm=arm: asked(f"test-{lam:g}", arm, lam, "test"),
         )
         items += found[0][1]
     if picked.lam is not None:
@@ -140,8 +147,9 @@ def _sweep_and_pick(
         target_task=target,
         path=path,
         pick=picked,
+        instructions=follower.scores(),
     )
-    return workspace.finish(document, items)
+    return workspace.finish(document, items, follower.rows)
 
 
 def _load_both(

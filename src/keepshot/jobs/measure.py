@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from keepshot import records
 from keepshot.assets import AssetStore
 from keepshot.errors import ConfigError, unknown
+from keepshot.jobs.following import Follower
 from keepshot.jobs.specs import MeasureSpec, Measuring
 from keepshot.jobs.workspace import Workspace
 from keepshot.models.loading import LanguageModel, load
@@ -52,6 +53,7 @@ def measure_models(
     progress.stage("reading tasks")
     tasks = read_tasks(spec, store)
     plan = plan_for(spec, tasks, first_seed=spec.seed)
+    follower = Follower(spec.following, store, workspace, progress)
     items: list[ItemResult] = []
     models: list[ModelRecord] = []
     if workspace:
@@ -68,14 +70,16 @@ def measure_models(
         )
         models.append(model_record(model))
         items += ledger.measured(str(number), model, [plan], arm=reference)
+        follower.follow(f"{number}-instructions", model, arm=reference, engine=ledger.engine)
     document = ResultDocument(
         models=models,
         scores=scores(items, {task.name: task.version for task in tasks}),
         summary=summarise(items),
         cost=ledger.cost,
+        instructions=follower.scores(),
     )
     if workspace:
-        workspace.finish(document, items)
+        workspace.finish(document, items, follower.rows)
     return Measured(document, items)
 
 
@@ -205,7 +209,7 @@ class Ledger:
                 plan,
                 arm=arm,
                 lam=lam,
-                engine=self._engine_of(live),
+                engine=self.engine(live),
                 progress=self._progress.update,
             )
             rows += found.items
@@ -214,7 +218,7 @@ class Ledger:
             records.write_items(rows, path)
         return rows
 
-    def _engine_of(self, model: LanguageModel) -> Engine:
+    def engine(self, model: LanguageModel) -> Engine:
         """Return an engine, the same one along a path: its start-up trial takes a second."""
         if self._engine is None or self._engine.model is not model:
             self._engine = Engine(model)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from keepshot.errors import ConfigError
-from keepshot.jobs.specs import BlendSpec, MeasureSpec, RunSpec, TuneSpec
+from keepshot.jobs.specs import BlendSpec, JudgeSpec, MeasureSpec, RunSpec, TuneSpec
 from keepshot.specs import apply_overrides, read_yaml
 from keepshot.tuning.recipe import KL, Full, LoRA, Mix, Recipe, ValueOnly, auto
 
@@ -38,6 +38,25 @@ def measure_spec(given: Mapping[str, Any], overrides: Sequence[str]) -> MeasureS
         ConfigError: if an option or override does not fit.
     """
     return MeasureSpec.from_mapping(apply_overrides(dict(given), overrides), source="measure")
+
+
+def judge_spec(given: Mapping[str, Any], overrides: Sequence[str]) -> JudgeSpec:
+    """Return the spec of `keepshot judge`.
+
+    Raises:
+        ConfigError: if an option or override does not fit.
+    """
+    content = apply_overrides(dict(given), overrides)
+    spec = JudgeSpec.from_mapping(content, source="judge")
+    if spec.ifeval is None and not (spec.candidate and spec.reference):
+        raise ConfigError(
+            "nothing to judge: give CANDIDATE and REFERENCE with --judge, or --ifeval MODEL"
+        )
+    if spec.ifeval is None and not spec.judges:
+        raise ConfigError(
+            "no judge: give --judge MODEL, --judge FILE.json or --judge MODEL@http://SERVER/v1"
+        )
+    return spec
 
 
 def blend_spec(given: Mapping[str, Any], overrides: Sequence[str]) -> BlendSpec:

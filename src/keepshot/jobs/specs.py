@@ -9,6 +9,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from keepshot.errors import ConfigError
+from keepshot.judging.policy import Policy
 from keepshot.specs import Spec
 from keepshot.tuning.recipe import Recipe
 
@@ -30,6 +31,25 @@ class Where(Spec):
     """Run code that a checkpoint brings along."""
 
 
+class Following(Spec):
+    """Verifiable instructions put to the same models: the other axis of the trade-off."""
+
+    prompts: str = "embedded"
+    """`embedded`, `ifeval` (the public set, from the hub), or the path of a file of its format."""
+    limit: int | None = Field(default=100, ge=1)
+    """Prompts at most, in each part of the set."""
+    variant: Literal["official", "repaired"] | None = None
+    """How answers are judged; left out, `repaired` for the embedded set and `official` for others.
+    """
+    answers: Policy = Policy()
+    """How prompts are put, and when an answer ends."""
+
+    @property
+    def judged(self) -> Literal["official", "repaired"]:
+        """The variant that this comes to."""
+        return self.variant or ("repaired" if self.prompts == "embedded" else "official")
+
+
 class Measuring(Spec):
     """Which tasks are asked, with how many demonstrations, how often."""
 
@@ -43,6 +63,8 @@ class Measuring(Spec):
     """Items per task at most; all if not given."""
     template: str | None = None
     """Prompt template in place of each task's own."""
+    following: Following | None = None
+    """Verifiable instructions besides; none if left out."""
 
 
 class MeasureSpec(Measuring, Where):
@@ -50,6 +72,39 @@ class MeasureSpec(Measuring, Where):
 
     models: tuple[str, ...] = Field(min_length=1)
     """Model references; retention is against the first."""
+
+
+class JudgeSpec(Where):
+    """`keepshot judge`: two sets of answers and who compares them, or instructions to one model."""
+
+    no_effect_on_results = frozenset({"tries", "first_wait", "timeout", "workers"})
+
+    candidate: str | None = None
+    """Outputs file, or a model that answers `prompts`."""
+    reference: str | None = None
+    """What it is compared with."""
+    judges: tuple[str, ...] = ()
+    """Each a model, a file of judgements, or MODEL@URL of an OpenAI-compatible server."""
+    prompts: str = "embedded"
+    """What models answer: `embedded`, or a file with `instruction` or `prompt` on each row."""
+    ifeval: str | None = None
+    """A model to put verifiable instructions to, instead of a comparison."""
+    limit: int | None = Field(default=None, ge=1)
+    """Prompts at most."""
+    sanity: bool = False
+    """Test each judge: answers against themselves, and against their shuffled words."""
+    variant: Literal["official", "repaired"] | None = None
+    """How verifiable instructions are judged; see `Following`."""
+    answers: Policy = Policy()
+    """How models are asked."""
+    tries: int = Field(default=6, ge=1)
+    """Times that a server is asked before giving up."""
+    first_wait: float = Field(default=1.0, ge=0.0)
+    """Seconds before the second try; doubled after each."""
+    timeout: float = Field(default=60.0, gt=0.0)
+    """Seconds to wait for a server's answer."""
+    workers: int = Field(default=4, ge=1)
+    """Questions put to a server at the same time."""
 
 
 class TuneSpec(Where):
@@ -82,6 +137,8 @@ class BlendSpec(Where):
     """Draws of demonstrations."""
     limit: int | None = Field(default=None, ge=1)
     """Items per task and split at most."""
+    following: Following | None = None
+    """Verifiable instructions at every point of the path and on the arms; none if left out."""
 
     @model_validator(mode="after")
     def _check_lambda(self) -> Self:

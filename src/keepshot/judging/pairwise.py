@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 from scipy import stats as scipy_stats
 
 from keepshot.errors import TaskError
 from keepshot.judging.length_control import Controlled, control_length
 from keepshot.judging.outputs import Comparison, Outputs
+from keepshot.records import Agreement, WinRate
 from keepshot.stats import Interval, bootstrap_mean
 from keepshot.tasks.task import seeded
 
@@ -74,32 +74,6 @@ class Judgement:
     status: Status
     reason: str = ""
     off_label: bool = False
-
-
-class WinRate(BaseModel):
-    """The candidate's share of wins, ties counted half; percentages, with 95 % intervals."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    candidate: str
-    reference: str
-    judge: str
-    prompt_hash: str
-    win_rate: float
-    win_rate_ci95: tuple[float, float]
-    discrete_win_rate: float
-    length_controlled_win_rate: float | None
-    length_controlled_ci95: tuple[float, float] | None
-    position_bias: float | None
-    """How much more often than half the first answer is preferred, whichever it is; in points."""
-    num_comparisons: int
-    num_judged: int
-    num_tied: int
-    num_failed: int
-    num_off_label: int
-    failures: dict[str, int]
-    mean_length_candidate: float
-    mean_length_reference: float
 
 
 def compare(judge: Judge, comparisons: Sequence[Comparison]) -> list[Judgement]:
@@ -164,6 +138,8 @@ def win_rate(
             f"(at most {MOST_FAILED:.0%} may fail); {count} times: {reason}"
         )
     judged = [j for j in judgements if j.preference is not None]
+    if not judged:
+        raise TaskError(f"judge {judge[0]!r}: there is no comparison to judge")
     preferences = np.array([j.preference for j in judged], dtype=np.float64)
     share = bootstrap_mean(preferences, seeded("win rate", len(judged)))
     asked = [j for j in judged if j.candidate_first is not None and j.candidate_second is not None]
@@ -190,20 +166,10 @@ def win_rate(
     )
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How far two judges agree on the comparisons that both judged."""
-
-    num_items: int
-    same_side: float
-    """Share on which both prefer the same answer, or both none."""
-    kappa: float
-    """Cohen's kappa of the same; 0 is what chance would give."""
-    rank_correlation: float
-
-
-def agreement(first: Sequence[Judgement], second: Sequence[Judgement]) -> Agreement:
-    """Compare two judges on the same comparisons.
+def agreement(
+    first: Sequence[Judgement], second: Sequence[Judgement], judges: tuple[str, str]
+) -> Agreement:
+    """Compare two judges, whose names are `judges`, on the same comparisons.
 
     Raises:
         TaskError: if they judged fewer than two comparisons in common.
@@ -221,7 +187,13 @@ def agreement(first: Sequence[Judgement], second: Sequence[Judgement]) -> Agreem
     ours, theirs = (np.array(column) for column in zip(*pairs, strict=True))
     ranked: Any = scipy_stats.spearmanr(ours, theirs) if ours.std() and theirs.std() else None
     correlation = float(ranked.statistic) if ranked is not None else 0.0
-    return Agreement(len(pairs), same, kappa, correlation)
+    return Agreement(
+        judges=judges,
+        num_items=len(pairs),
+        same_side=same,
+        kappa=kappa,
+        rank_correlation=correlation,
+    )
 
 
 def sanity_comparisons(outputs: Outputs) -> dict[str, list[Comparison]]:
