@@ -127,7 +127,7 @@ def test_a_file_of_judgements_is_a_judge(tmp_path: Path) -> None:
     assert name == "gold"
     assert [j.preference for j in judgements] == [1.0, 0.25, 0.5, None, 0.0, 0.5]
     rate = win_rate(judgements, NAMES, (name, ""))
-    # alpaca-eval's own get_winrate gives 45.0 and 50.0 for these five preferences.
+    # By hand: (1 + .25 + .5 + 0 + .5) / 5, and with sides alone (1 + 0 + .5 + 0 + .5) / 5.
     assert rate.win_rate == pytest.approx(45.0)
     assert rate.discrete_win_rate == pytest.approx(40.0)
     assert rate.failures == {"judgement is null": 1}

@@ -192,7 +192,7 @@ def test_a_repair_follows_the_words_of_the_instruction(
 
 def test_counting_with_tables_and_without(punkt: Punkt) -> None:
     text = "Dr. Who met Mr. Smith. They left...\n1. apples\n2. pears"
-    assert len(punkt.sentences(text)) == 4
+    assert len(punkt.sentences(text)) == 2  # a list has no ends that it sees
     assert count_sentences(text) == 4
     assert count_sentences("- milk\n- bread\n\nP.S. Eggs too") == 3
     assert count_sentences("One. Two! Three? four") == 4

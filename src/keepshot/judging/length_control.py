@@ -144,9 +144,11 @@ def _shrunken(design: Vector, target: Vector, weights: Vector, strength: float) 
         slope = (weights * (1.0 / (1.0 + np.exp(-logits)) - target)) @ design
         return loss, np.concatenate([slope, -slope]) + 1.0 / strength
 
-    found = minimize(
-        objective, np.zeros(2 * size), jac=True, method="L-BFGS-B", bounds=[(0.0, None)] * 2 * size
-    )
+    # Tight, because strengths are chosen by losses that differ in the sixth digit.
+    options = {"ftol": 1e-14, "gtol": 1e-8, "maxiter": 2000, "maxfun": 10000}
+    bounds = [(0.0, None)] * (2 * size)
+    start = np.zeros(2 * size)
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
     halves: Vector = np.asarray(found.x)
     return halves[:size] - halves[size:]
 
