@@ -80,6 +80,22 @@ def test_a_path_has_a_point_for_every_lambda(workplace: Path) -> None:
     assert ends[0] != ends[1]
 
 
+def test_a_path_is_asked_in_the_words_of_the_tuned_model(
+    workplace: Path, fresh_pico: Callable[..., LanguageModel]
+) -> None:
+    spoken = fresh_pico("llama", seed=1)
+    spoken.tokenizer.chat_template = "{% for m in messages %}U {{ m.content }} B{% endfor %}"
+    save(spoken, workplace / "chatty")
+    code = status(
+        "blend", "base", "chatty", "--sweep", "0,1", "--tasks", "addition", "--shots", "1",
+        "--seeds", "1", "--limit", "2", "--target", "colours.jsonl", "--pick", "weighted:1",
+        "--follow", "embedded", *SMALL, "--out", "path",
+    )  # fmt: skip
+    assert code == 0
+    found = ResultDocument.read(workplace / "path").instructions
+    assert {(score.lam, score.style) for score in found} >= {(0.0, "chat"), (1.0, "chat")}
+
+
 def test_a_run_follows_instructions_on_every_arm(workplace: Path) -> None:
     arm = {"method": {"name": "full"}, "learning_rate": 1e-2, "steps": 2, "batch_size": 4}
     recipe: dict[str, Any] = {

@@ -105,6 +105,8 @@ def _sweep_and_pick(
     workspace, progress = where
     assert spec.sweep is not None
     ledger = Ledger(workspace, progress)
+    # A base often has no chat template, and a path must be asked in the same words all along.
+    follower.chat = tuned
 
     def asked(part: str, arm: str, lam: float, split: Split) -> list[ItemResult]:
         rows = ledger.measured(part, base, questions.plans(split), arm=arm, lam=lam)

@@ -32,6 +32,8 @@ class Follower:
             UserError: if the prompts cannot be read, or nltk's tables are needed and not to be had.
         """
         self.rows: list[InstructionRow] = []
+        self.chat: LanguageModel | None = None
+        """Whose chat template all are asked in; None: each model's own."""
         self._spec, self._workspace, self._progress = spec, workspace, progress
         self._examiner = (
             Examiner(load_set(spec.prompts), spec.answers, spec.judged, store) if spec else None
@@ -73,6 +75,7 @@ class Follower:
             split=split,
             limit=self._spec.limit,
             engine=engine(live),
+            chat=self.chat,
             progress=self._progress.update,
         )
         if path:
