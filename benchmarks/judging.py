@@ -39,6 +39,7 @@ from keepshot.scoring.engine import Engine
 from keepshot.tasks.instruction_templates import embedded_set
 
 MODEL = "smollm2-135m-instruct"
+CLOCK = time.perf_counter
 BATCH = 16
 
 
@@ -66,12 +67,12 @@ def time_generation(model: LanguageModel, number: int, rounds: int) -> None:
     seconds: dict[str, list[float]] = {"engine": [], "generate": []}
     same = 0
     for _ in range(rounds):
-        started = time.perf_counter()
+        started = CLOCK()
         ours = answer_prompts(model, prompts, Policy(), engine=Engine(model))
-        seconds["engine"].append(time.perf_counter() - started)
-        started = time.perf_counter()
+        seconds["engine"].append(CLOCK() - started)
+        started = CLOCK()
         theirs = generate_padded(model, texts, Policy().max_new_tokens)
-        seconds["generate"].append(time.perf_counter() - started)
+        seconds["generate"].append(CLOCK() - started)
         same = sum(a.text == b for a, b in zip(ours, theirs, strict=True))
         cut = sum(a.truncated for a in ours)
         show(seconds, number)
@@ -84,13 +85,13 @@ def time_judging(model: LanguageModel, number: int, rounds: int) -> None:
     pairs = [Pair(p, a, p) for p, a in zip(prompts, answers, strict=True)]
     seconds: dict[str, list[float]] = {"likelihood": [], "generate": []}
     for _ in range(rounds):
-        started = time.perf_counter()
+        started = CLOCK()
         LikelihoodJudge(model).judge(pairs)
-        seconds["likelihood"].append(time.perf_counter() - started)
+        seconds["likelihood"].append(CLOCK() - started)
         texts = [rendered(model, question(pair), Policy()) for pair in pairs]
-        started = time.perf_counter()
+        started = CLOCK()
         written = generate_padded(model, texts, 32)
-        seconds["generate"].append(time.perf_counter() - started)
+        seconds["generate"].append(CLOCK() - started)
         show(seconds, number)
         unread = sum(read_label(text).first is None for text in written)
         print(f"generated verdicts without a label: {unread} of {number}")
@@ -214,11 +215,20 @@ def main() -> None:
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--number", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--clock", choices=["wall", "process"], default="wall")
+    parser.add_argument("--threads", type=int, default=None)
     given = parser.parse_args()
+    global CLOCK
+    CLOCK = time.process_time if given.clock == "process" else time.perf_counter
+    if given.threads:
+        torch.set_num_threads(given.threads)
     if given.what == "alpaca":
         return compare_with_alpaca(given.folder)
     model = load(given.model, AssetStore.from_environment(os.environ))
-    print(f"{given.model}, {torch.get_num_threads()} threads, {given.number} prompts")
+    print(
+        f"{given.model}, {torch.get_num_threads()} threads, {given.number} prompts, "
+        f"{given.clock} clock"
+    )
     match given.what:
         case "generate":
             time_generation(model, given.number, given.rounds)

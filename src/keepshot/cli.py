@@ -232,6 +232,7 @@ def judge(
     sanity: Annotated[bool, typer.Option("--sanity", help="Test the judge itself too.")] = False,
     out: Out = None,
     as_json: Json = False,
+    seed: Seed = None,
     device: Device = None,
     dtype: DType = None,
     set_: Set = None,
@@ -243,7 +244,7 @@ def judge(
 
     given = _given(
         candidate=candidate, reference=reference, judges=by, prompts=prompts, ifeval=ifeval,
-        limit=limit, sanity=sanity, device=device, dtype=dtype,
+        limit=limit, sanity=sanity, seed=seed, device=device, dtype=dtype,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     spec = judge_spec(given, set_ or [])

@@ -19,11 +19,13 @@ SURFACE = {
     "run": SPEC | {"--model", "--data", "--accept-licence", "--require-retention"},
     "measure": SPEC
     | {"--tasks", "--shots", "--seeds", "--limit", "--plan", "--template", "--accept-licence"}
-    | {"--require-retention"},
+    | {"--require-retention", "--follow"},
     "tune": SPEC | {"--model", "--data", "--method", "--keep", "--accept-licence"},
     "blend": SPEC
     | {"--lambda", "--sweep", "--tasks", "--target", "--pick", "--shots", "--seeds", "--limit"}
-    | {"--accept-licence"},
+    | {"--accept-licence", "--follow"},
+    "judge": SPEC - {"--overwrite"}
+    | {"--judge", "--prompts", "--ifeval", "--limit", "--sanity", "--accept-licence"},
     "report": COMMON,
     "verify": {"--json"},
     "query": {"--json"},

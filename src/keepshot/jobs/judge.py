@@ -84,13 +84,16 @@ class _Judging:
     ) -> None:
         self.spec, self.store, self.out_dir = spec, store, out_dir
         self.progress, self.key = progress, key
+        self.answers = spec.answers
+        if not spec.answers.seed:
+            self.answers = spec.answers.model_copy(update={"seed": spec.seed})
         self.policy: dict[str, object] = {}
 
     def follow(self, reference: str) -> JudgeDocument:
         """Put verifiable instructions to one model."""
         spec = self.spec
         following = Following(prompts=spec.prompts, variant=spec.variant)
-        examiner = Examiner(load_set(spec.prompts), spec.answers, following.judged, self.store)
+        examiner = Examiner(load_set(spec.prompts), self.answers, following.judged, self.store)
         model = self._load(reference)
         self.progress.stage(f"{reference}: instructions")
         rows = examiner.examine(
@@ -99,7 +102,7 @@ class _Judging:
         if self.out_dir is not None:
             records.write_instructions(rows, self.out_dir / "instructions.parquet")
         return JudgeDocument(
-            instructions=instruction_scores(rows), policy=spec.answers.model_dump(mode="json")
+            instructions=instruction_scores(rows), policy=self.answers.model_dump(mode="json")
         )
 
     def compare(self) -> JudgeDocument:
@@ -173,7 +176,7 @@ class _Judging:
         prompts = _read_prompts(self.spec.prompts)[: self.spec.limit]
         model = self._load(text)
         self.progress.stage(f"{text}: answering")
-        policy = self.spec.answers
+        policy = self.answers
         answers = answer_prompts(model, prompts, policy, progress=self.progress.update)
         self.policy[role] = {
             **policy.model_dump(mode="json"),
