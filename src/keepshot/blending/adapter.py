@@ -11,9 +11,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from keepshot.blending.blend import same_bits
+from keepshot.blending.stream import same_bytes
 from keepshot.errors import ModelError
-from keepshot.models.checkpoint import TensorReader
+from keepshot.models.shards import Checkpoint
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 # B starts at zero (or BA at least leaves the base weights alone), so lambda 0 is the base.
 _BASE_KEEPING_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -75,14 +78,22 @@ def check_exact(config: Mapping[str, Any], *, where: str) -> None:
         )
 
 
-def check_adapts(adapter: TensorReader, base: TensorReader) -> None:
-    """Check that every tensor of a saved adapter is a LoRA matrix that fits a weight of `base`.
+def check_adapts(
+    adapter: Checkpoint, base: Checkpoint, config: Mapping[str, Any]
+) -> dict[str, float | None]:
+    """Check that every tensor of a saved adapter fits a weight of `base`.
+
+    Returns:
+        By tensor, the value at which it would change nothing (0 for B), from which lambda counts;
+        None for tensors that lambda leaves as they are.
 
     Raises:
-        ModelError: naming the tensor that does not.
+        ModelError: naming the tensor that does not fit.
     """
-    for name in adapter.names:
+    origins: dict[str, float | None] = {}
+    for name, tensor in adapter.tensors.items():
         module, role = _split(name)
+        origins[name] = 0.0 if role in ("B", "bias") else None
         if role is None:
             raise ModelError(
                 f"{adapter.directory}: tensor {name!r} is no LoRA matrix, so lambda as a factor is "
@@ -96,23 +107,19 @@ def check_adapts(adapter: TensorReader, base: TensorReader) -> None:
             )
         if role == "copy":
             # peft keeps a copy of an adapted embedding; one that was resized is no copy any more.
-            if not same_bits(adapter.read(name), base.read(weight)):
+            if not same_bytes(tensor, base.tensors[weight]):
                 raise ModelError(
                     f"{adapter.directory}: tensor {name!r} is not the base's {weight!r}, so lambda "
                     "as a factor is not exact. Merge the adapter into its base and blend the two"
                 )
             continue
-        side = adapter.shape(name)[0 if role == "B" else -1]
-        if role != "bias" and side not in base.shape(weight):
+        side, shape = tensor.shape[0 if role == "B" else -1], base.tensors[weight].shape
+        if role != "bias" and side not in shape:
             raise ModelError(
-                f"{adapter.directory}: tensor {name!r} has shape {adapter.shape(name)}, the base's "
-                f"{weight!r} {base.shape(weight)}; this adapter was trained on another base"
+                f"{adapter.directory}: tensor {name!r} has shape {tensor.shape}, the base's "
+                f"{weight!r} {shape}; this adapter was trained on another base"
             )
-
-
-def scales(name: str) -> bool:
-    """Tell whether lambda multiplies this tensor of a saved adapter (B, and B's bias)."""
-    return _split(name)[1] in ("B", "bias")
+    return origins
 
 
 def _split(name: str) -> tuple[str, str | None]:
@@ -122,8 +129,7 @@ def _split(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def _base_weight(module: str, base: TensorReader) -> str | None:
+def _base_weight(module: str, base: Checkpoint) -> str | None:
     """Find the adapted weight; a checkpoint may leave out the name of the outermost module."""
-    known = set(base.names)
     candidates = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
-    return next((name for name in candidates if name in known), None)
+    return next((name for name in candidates if name in base.tensors), None)

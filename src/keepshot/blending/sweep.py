@@ -18,7 +18,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from keepshot.blending.adapter import check_exact
-from keepshot.blending.blend import blend_, check_lambda, check_pair, same_bits
+from keepshot.blending.blend import blend_, check_pair, same_bits
+from keepshot.blending.rules import check_lambda
 from keepshot.errors import ModelError
 from keepshot.models.checkpoint import TensorReader
 from keepshot.models.loading import LanguageModel

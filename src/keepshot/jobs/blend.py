@@ -172,7 +172,7 @@ def _write(
     # An adapter stays one: scaling it is exact, and it stays small.
     kind = "adapter" if (tuned.path / "adapter_config.json").exists() else "model"
     out_dir = workspace.path / kind
-    if (out_dir / "blend.json").exists():
+    if (out_dir / "keepshot.json").exists():
         return
     progress.stage(f"writing lambda {lam:g}")
     write(base.path, tuned.path, lam, out_dir)

@@ -157,7 +157,7 @@ class _Run:
             self.progress.note(f"blended: {self.picked.reason}")
             return
         blended_dir = self.workspace.path / "model"
-        if not (blended_dir / "blend.json").exists():
+        if not (blended_dir / "keepshot.json").exists():
             self.progress.stage(f"blended: writing lambda {lam:g}")
             write(base.path, plain.path, lam, blended_dir)
         self._measure("blended", lambda: self._load("blended", str(blended_dir)), lam=lam)
