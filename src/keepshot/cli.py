@@ -180,6 +180,9 @@ def blend(
     shots: Shots = None,
     seeds: Seeds = None,
     limit: Limit = None,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Write without hashing and without a load test.")
+    ] = False,
     out: Out = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -198,9 +201,12 @@ def blend(
         base=base, tuned=tuned, lam=lam, sweep=parse_lambdas(sweep) if sweep else None,
         target=target, pick=pick, tasks=_names(tasks), shots=_numbers("--shots", shots),
         seeds=seeds, limit=limit, seed=seed, device=device, dtype=dtype,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust_remote_code, check=False if no_check else None,
     )  # fmt: skip
     spec = blend_spec(given, set_ or [])
+    if spec.sweep is None:
+        place = out or Path("runs/blend")
+        return _write_blend(spec, place, _store(accept_licence), overwrite, as_json)
     with _working(as_json) as screen:
         screen.stage("starting")
         from keepshot.jobs.blend import blend as blend_job
@@ -240,7 +246,7 @@ def verify(
     from keepshot.blending.write import verify as verify_blend
 
     inner = [directory, directory / "model", directory / "adapter"]
-    record = verify_blend(next((d for d in inner if (d / "blend.json").exists()), directory))
+    record = verify_blend(next((d for d in inner if (d / "keepshot.json").exists()), directory))
     if as_json:
         _print_json({"directory": str(directory), "ok": True, "blend": record.as_dict()})
     else:
@@ -321,6 +327,35 @@ def methods(as_json: Json = False) -> None:
         _print_table(["name", "kind", "description"], [list(row.values()) for row in rows])
 
 
+def _write_blend(spec: Any, out: Path, store: AssetStore, overwrite: bool, as_json: bool) -> None:
+    """Write one lambda; torch is loaded only for what needs it, which is most of the time."""
+    from keepshot.jobs.write import needs_anatomy, write_one
+
+    def locate(reference: Any) -> Path:
+        from keepshot.models.loading import locate as locate_model
+
+        return locate_model(reference, store, trust_remote_code=spec.trust_remote_code)
+
+    check = rule = None
+    if spec.check:
+        from keepshot.jobs.check import loads_and_generates
+
+        check = loads_and_generates(spec.base, store, trust_remote_code=spec.trust_remote_code)
+    if needs_anatomy(spec):
+        from keepshot.jobs.rules import rule_for
+
+        rule = rule_for(spec, locate)
+    with _working(as_json) as screen:
+        watch = (check, screen)
+        record = write_one(spec, out, locate, watch, overwrite=overwrite, rule=rule)
+        for note in record.notes:
+            screen.note(note)
+    if as_json:
+        _print_json({"schema": 1, "directory": str(out), "blend": record.as_dict()})
+    else:
+        typer.echo(f"written: {out}")
+
+
 # -- what the commands share -------------------------------------------------------------------
 
 
@@ -363,7 +398,7 @@ def _show(document: ResultDocument, as_json: bool, out: Path | None) -> None:
     if as_json:
         typer.echo(document.to_json())
         return
-    from keepshot.screen import show_document
+    from keepshot.shown import show_document
 
     show_document(document, out)
 

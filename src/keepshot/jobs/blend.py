@@ -1,20 +1,22 @@
-"""Walk the path between two models: write one lambda, or measure many, pick one and write it."""
+"""Walk the path between two models: measure many lambdas, pick one and write it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from keepshot import records
 from keepshot.assets import AssetStore
+from keepshot.blending.card import RECORD_NAME
 from keepshot.blending.pick import check_rule, parse_rule, pick
 from keepshot.blending.sweep import sweep
-from keepshot.blending.write import write
+from keepshot.blending.write import Watch, write
 from keepshot.errors import ConfigError
+from keepshot.jobs.check import loads_and_generates
 from keepshot.jobs.measure import Ledger, model_record, plan_for, read_tasks
 from keepshot.jobs.specs import BlendSpec, Measuring
 from keepshot.jobs.target import load_target
 from keepshot.jobs.workspace import Workspace
-from keepshot.models.loading import LanguageModel, load
+from keepshot.jobs.write import writing
+from keepshot.models.loading import LanguageModel, load, locate
 from keepshot.models.reference import parse_reference
 from keepshot.progress import Progress
 from keepshot.records import ItemResult, ResultDocument, Split
@@ -56,30 +58,19 @@ class Questions:
 def blend(
     spec: BlendSpec, store: AssetStore, workspace: Workspace, progress: Progress
 ) -> ResultDocument:
-    """Write the blend at one lambda, or sweep the path on validation items and write the pick.
+    """Sweep the path on validation items, pick a lambda, and write its blend.
 
     Raises:
         UserError: before any model is loaded, wherever the fault can be seen by then.
     """
     for reference in (spec.base, spec.tuned):
         parse_reference(reference)
-    if spec.sweep is None:
-        assert spec.lam is not None
-        workspace.begin()
-        base, tuned = _load_both(spec, store, progress)
-        _write(base, tuned, spec.lam, workspace, progress)
-        empty = ResultDocument(
-            models=[model_record(base), model_record(tuned)],
-            scores=[],
-            summary=[],
-            cost=records.Cost(),
-        )
-        return workspace.finish(empty, [])
+    assert spec.sweep is not None, "one lambda is written by `jobs.write`"
     check_rule(parse_rule(spec.pick), spec.sweep, spec.target is not None)
     questions = _questions(spec, store, progress)
     workspace.begin()
     base, tuned = _load_both(spec, store, progress)
-    return _sweep_and_pick(spec, questions, (base, tuned), (workspace, progress))
+    return _sweep_and_pick(spec, store, questions, (base, tuned), (workspace, progress))
 
 
 def _questions(spec: BlendSpec, store: AssetStore, progress: Progress) -> Questions:
@@ -94,6 +85,7 @@ def _questions(spec: BlendSpec, store: AssetStore, progress: Progress) -> Questi
 
 def _sweep_and_pick(
     spec: BlendSpec,
+    store: AssetStore,
     questions: Questions,
     pair: tuple[LanguageModel, LanguageModel],
     where: tuple[Workspace, Progress],
@@ -131,7 +123,7 @@ def _sweep_and_pick(
         )
         items += found[0][1]
     if picked.lam is not None:
-        _write(base, tuned, picked.lam, workspace, progress)
+        _write(base, tuned, picked.lam, (spec, store), where)
     document = ResultDocument(
         models=[model_record(base), model_record(tuned)],
         scores=scores(items, questions.versions),
@@ -166,13 +158,18 @@ def _write(
     base: LanguageModel,
     tuned: LanguageModel,
     lam: float,
-    workspace: Workspace,
-    progress: Progress,
+    how: tuple[BlendSpec, AssetStore],
+    where: tuple[Workspace, Progress],
 ) -> None:
+    spec, store = how
+    workspace, progress = where
     # An adapter stays one: scaling it is exact, and it stays small.
     kind = "adapter" if (tuned.path / "adapter_config.json").exists() else "model"
     out_dir = workspace.path / kind
-    if (out_dir / "keepshot.json").exists():
+    if (out_dir / RECORD_NAME).exists():
         return
     progress.stage(f"writing lambda {lam:g}")
-    write(base.path, tuned.path, lam, out_dir)
+    trust = spec.trust_remote_code
+    check = loads_and_generates(spec.base, store, trust_remote_code=trust) if spec.check else None
+    options = writing(spec, lambda reference: locate(reference, store, trust_remote_code=trust))
+    write(base.path, tuned.path, lam, out_dir, options, Watch(check, progress))

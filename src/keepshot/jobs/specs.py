@@ -82,6 +82,20 @@ class BlendSpec(Where):
     """Draws of demonstrations."""
     limit: int | None = Field(default=None, ge=1)
     """Items per task and split at most."""
+    write_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the weights written; what the inputs have if not given."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Rounding to 16 bits; stochastic rounding (by `seed`) keeps small changes in the mean."""
+    settings_from: Literal["tuned", "base"] = "tuned"
+    """Whose tokenizer, chat template and generation settings are written."""
+    one_sided: Literal["refuse", "carry"] = "refuse"
+    """What becomes of tensors that one model alone has: carried are those of the tuned one."""
+    second: str | None = None
+    """A further model tuned from the same base (RE-Adapt); `lam` counts for the first."""
+    beta: float = Field(default=1.0, allow_inf_nan=False)
+    """How much of the further model's difference is added."""
+    check: bool = True
+    """Hash all files, load what was written and let it generate."""
 
     @model_validator(mode="after")
     def _check_lambda(self) -> Self:

@@ -1,0 +1,31 @@
+"""A result on the terminal: tables and where the page lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from keepshot.records import ResultDocument
+from keepshot.report.terminal import path_table, scores_table, summary_table
+
+
+def show_document(document: ResultDocument, out_dir: Path | None) -> None:
+    """Print a result: scores where few, the summary, the path, and where the page lies."""
+    console = Console()
+    if document.scores and not document.training and not document.path:
+        console.print(scores_table(document))
+    if document.path:
+        console.print(path_table(document))
+    if document.pick:
+        console.print(escape(document.pick.reason), highlight=False)
+    if document.summary:
+        console.print(summary_table(document))
+    for note in document.notes:
+        console.print(escape(note), highlight=False)
+    if out_dir is not None:
+        console.print(f"written: {escape(str(out_dir))}", highlight=False, soft_wrap=True)
+        if (out_dir / "report.html").exists():
+            page = out_dir / "report.html"
+            console.print(f"page:    {escape(str(page))}", highlight=False, soft_wrap=True)
