@@ -24,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,9 @@ from keepshot.models.shards import index_text, open_checkpoint, plan_shards
 LAM = 0.4
 SIZES = {
     "small": {"hidden": 576, "layers": 30, "mlp": 1536, "kv": 192, "vocab": 49152, "dtype": "F32"},
-    "large": {"hidden": 2048, "layers": 32, "mlp": 8192, "kv": 512, "vocab": 32000, "dtype": "BF16"},
+    "large": {
+        "hidden": 2048, "layers": 32, "mlp": 8192, "kv": 512, "vocab": 32000, "dtype": "BF16",
+    },
 }  # fmt: skip
 SHARD_BYTES = 1_000_000_000
 

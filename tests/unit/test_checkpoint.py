@@ -7,7 +7,7 @@ import struct
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from keepshot.errors import ModelError
 from keepshot.models.checkpoint import TensorReader, without_tied

@@ -309,7 +309,7 @@ def test_one_sided_tensors_are_carried_by_rule_only(tmp_path: Path) -> None:
     base = {"w": torch.zeros(3), "old": torch.ones(2)}
     tuned = {"w": torch.ones(3), "bias": torch.full((2,), 5.0)}
     ends = save(base, tmp_path / "base", 1), save(tuned, tmp_path / "tuned", 1)
-    with pytest.raises(ModelError, match="'old'.*is in base and not in tuned"):
+    with pytest.raises(ModelError, match=r"'old'.*is in base and not in tuned"):
         write(*ends, 0.5, tmp_path / "no")
     record = write(*ends, 0.5, tmp_path / "out", Writing(one_sided="carry"))
     found = read(tmp_path / "out")
@@ -413,7 +413,7 @@ def test_a_full_disk_keeps_what_is_whole_and_says_where(tmp_path: Path) -> None:
         base = {f"w{number}": torch.zeros(25_000) for number in range(5)}
         tuned = {name: tensor + 1 for name, tensor in base.items()}
         ends = save(base, tmp_path / "base", 1), save(tuned, tmp_path / "tuned", 1)
-        with pytest.raises(OutputError, match="needs 0.00 GB and the disk has 0.00 GB free"):
+        with pytest.raises(OutputError, match=r"needs 0.00 GB and the disk has 0.00 GB free"):
             write(*ends, 0.5, place / "out")
         with pytest.MonkeyPatch.context() as patch:
             usage = shutil.disk_usage("/")._replace(free=10**9)

@@ -70,9 +70,7 @@ class BlendPlan:
     def num_bytes(self) -> int:
         """Size of the weights to be written."""
         size = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-        return sum(
-            plan.num_elements * size.get(plan.dtype, 8) for plan in self.tensors.values()
-        )
+        return sum(plan.num_elements * size.get(plan.dtype, 8) for plan in self.tensors.values())
 
     @property
     def dtype_name(self) -> str | None:
@@ -123,9 +121,7 @@ def _plan_adapter(base_dir: Path, adapter_dir: Path, lam: float) -> BlendPlan:
     return BlendPlan({"base": base, "tuned": adapter}, tensors, is_adapter=True)
 
 
-def _plan_model(
-    base_dir: Path, tuned_dir: Path, rule: LambdaRule, options: Writing
-) -> BlendPlan:
+def _plan_model(base_dir: Path, tuned_dir: Path, rule: LambdaRule, options: Writing) -> BlendPlan:
     notes = compare_configs(base_dir, tuned_dir)
     inputs = {"base": open_checkpoint(base_dir), "tuned": open_checkpoint(tuned_dir)}
     second = _second_side(base_dir, inputs, options)
@@ -223,12 +219,9 @@ class _Vocabulary:
                 "tokenizer was asked for; take the tuned one's (settings_from=tuned)"
             )
         extra = rows[1] - rows[0]
-        self._resized.append(
-            f"tensor {base.name!r}: rows {rows[0]} to {rows[1] - 1} are taken from tuned as they "
-            "are, the base has none"
-            if extra > 0
-            else f"tensor {base.name!r}: rows {rows[1]} to {rows[0] - 1} are in base alone: left out"
-        )
+        span = f"tensor {base.name!r}: rows {min(rows)} to {max(rows) - 1} are"
+        taken = "taken from tuned as they are, the base has none"
+        self._resized.append(f"{span} {taken if extra > 0 else 'in base alone: left out'}")
 
     def notes(self) -> list[str]:
         """Return what to tell of all of them."""

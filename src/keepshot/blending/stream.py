@@ -311,9 +311,7 @@ class _Work:
             base = widen(base_raw, plan.base.dtype, wide, self._buffer("base wide", count, wide))
         side = plan.sides[0]
         tuned_raw = self._read("tuned", side.tensor, start, count)
-        tuned = widen(
-            tuned_raw, side.tensor.dtype, wide, self._buffer("tuned wide", count, wide)
-        )
+        tuned = widen(tuned_raw, side.tensor.dtype, wide, self._buffer("tuned wide", count, wide))
         # What is wrong with an input shows in the sums below, and is named then.
         with np.errstate(invalid="ignore", over="ignore"):
             delta = np.subtract(tuned, base, out=self._buffer("delta", count, wide))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from keepshot.blending.adapter import check_exact
 from keepshot.blending.blend import blend_, check_pair, same_bits
-from keepshot.blending.rules import check_lambda
+from keepshot.blending.rules import LambdaRule, as_rule, check_lambda
 from keepshot.errors import ModelError
 from keepshot.models.checkpoint import TensorReader
 from keepshot.models.loading import LanguageModel
@@ -31,6 +31,7 @@ T = TypeVar("T")
 class _Place:
     """One tensor of the live model with the two ends between which it moves."""
 
+    name: str
     live: Tensor
     base: Tensor
     tuned: Tensor
@@ -41,6 +42,7 @@ def sweep(
     tuned: Mapping[str, Tensor] | TensorReader,
     lams: Sequence[float],
     measure: Callable[[float], T],
+    rule: Callable[[float], LambdaRule] = as_rule,
 ) -> list[tuple[float, T]]:
     """Call `measure(lam)` with `model` at base + lam * (tuned - base), for each lambda in turn.
 
@@ -53,6 +55,7 @@ def sweep(
             any of their names.
         lams: in the order in which they are to be measured.
         measure: reads the model as it then is; its results are returned beside their lambdas.
+        rule: makes of each lambda what each tensor gets; all the same if not given.
 
     Raises:
         ConfigError: if a lambda is not a finite number.
@@ -68,8 +71,9 @@ def sweep(
     with torch.no_grad():
         try:
             for lam in lams:
+                lookup = rule(lam)
                 for place in places:
-                    blend_(place.live, place.base, place.tuned, lam)
+                    blend_(place.live, place.base, place.tuned, lookup(place.name))
                 results.append((lam, measure(lam)))
         finally:
             _restore_(places)
@@ -144,7 +148,7 @@ def _places(module: nn.Module, tuned: Mapping[str, Tensor]) -> list[_Place]:
     if missing:
         raise ModelError(_mismatch(missing, "the base has", "the tuned model has not"))
     places: list[_Place] = []
-    for given in pairs.values():
+    for name, given in pairs.items():
         first, *others = given
         for other in others:
             if not same_bits(tuned[first], tuned[other]):
@@ -155,7 +159,7 @@ def _places(module: nn.Module, tuned: Mapping[str, Tensor]) -> list[_Place]:
         _check_fits(first, state[first], tuned[first])
         if not same_bits(state[first], tuned[first]):
             target = tuned[first].to(state[first].device)
-            places.append(_Place(state[first], state[first].clone(), target))
+            places.append(_Place(name, state[first], state[first].clone(), target))
     return places
 
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from keepshot.blending.rules import LambdaMap
 from keepshot.errors import ConfigError
 from keepshot.specs import Spec
 from keepshot.tuning.recipe import Recipe
@@ -94,6 +95,8 @@ class BlendSpec(Where):
     """A further model tuned from the same base (RE-Adapt); `lam` counts for the first."""
     beta: float = Field(default=1.0, allow_inf_nan=False)
     """How much of the further model's difference is added."""
+    rule: LambdaMap | None = None
+    """Lambda by block or kind of module; `lam` counts for what the rule does not name."""
     check: bool = True
     """Hash all files, load what was written and let it generate."""
 

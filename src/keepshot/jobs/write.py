@@ -30,7 +30,7 @@ Locate = Callable[[Embedded | HubModel | LocalDirectory | GGUFFile], Path]
 
 def needs_anatomy(spec: BlendSpec) -> bool:
     """Tell whether lambda differs by layer or kind of module, for which the model must be read."""
-    return False
+    return spec.rule is not None
 
 
 def find(reference: str, locate: Locate) -> Path:
