@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -396,9 +396,3 @@ def test_adapters_that_do_not_fit_or_are_not_exact_are_refused(
     refused(lora, lora, "is an adapter; base must be a whole model")
     with pytest.raises(ConfigError, match="an adapter takes one lambda and keeps its dtype"):
         write(base, lora, 0.5, tmp_path / "out", Writing(dtype="float16"))
-    dora = LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)
-    refused(base, adapter(fresh_pico("llama"), tmp_path / "dora", dora), "DoRA rescales")
-    ia3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
-    refused(
-        base, adapter(fresh_pico("llama"), tmp_path / "ia3", ia3), "type 'IA3' cannot be scaled"
-    )

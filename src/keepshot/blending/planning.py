@@ -19,6 +19,7 @@ from typing import Any, Literal
 from keepshot.blending.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapts, check_exact
 from keepshot.blending.arithmetic import FLOATS, Lambda, Rounding
 from keepshot.blending.companions import compare_configs, compare_tokens, may_be_tied, vocabulary
+from keepshot.blending.dora import scale_dora
 from keepshot.blending.rules import LambdaRule, as_rule, check_lambda
 from keepshot.blending.stream import Side, TensorPlan, same_bytes
 from keepshot.errors import ConfigError, ModelError, unknown
@@ -65,6 +66,8 @@ class BlendPlan:
     tensors: Mapping[str, TensorPlan]
     is_adapter: bool = False
     notes: tuple[str, ...] = ()
+    variant: str = ""
+    """What determines the bytes written and shows in none of the tensors."""
 
     @property
     def num_bytes(self) -> int:
@@ -80,9 +83,12 @@ class BlendPlan:
 
 
 def plan_blend(
-    base_dir: Path, tuned_dir: Path, lam: float | LambdaRule, options: Writing
+    base_dir: Path, tuned_dir: Path, lam: float | LambdaRule, options: Writing, scratch: Path
 ) -> BlendPlan:
     """Check the inputs and say what will be written.
+
+    `scratch` is an empty directory that lasts until the blend is written; a DoRA adapter at this
+    lambda is computed there.
 
     Raises:
         ConfigError: if a lambda is not a finite number, or an option is unknown.
@@ -99,16 +105,25 @@ def plan_blend(
             f"{tuned_dir}: an adapter takes one lambda and keeps its dtype; "
             "merge it into its base for anything else"
         )
-    return _plan_adapter(base_dir, tuned_dir, lam)
+    return _plan_adapter(base_dir, tuned_dir, lam, scratch)
 
 
-def _plan_adapter(base_dir: Path, adapter_dir: Path, lam: float) -> BlendPlan:
+def _plan_adapter(base_dir: Path, adapter_dir: Path, lam: float, scratch: Path) -> BlendPlan:
     config = read_json(adapter_dir / ADAPTER_CONFIG)
     check_exact(config, where=str(adapter_dir))
     base = open_checkpoint(base_dir)
     adapter = open_checkpoint(adapter_dir / ADAPTER_WEIGHTS)
-    origins = check_adapts(adapter, base, config)
+    origins = check_adapts(adapter, base)
+    inputs = {"base": base, "tuned": adapter}
     tensors: dict[str, TensorPlan] = {}
+    if config.get("use_dora") and lam != 1.0:
+        scale_dora(adapter, base, config, lam, scratch / ADAPTER_WEIGHTS)
+        for name, tensor in open_checkpoint(scratch / ADAPTER_WEIGHTS).tensors.items():
+            side = (Side(tensor, 1.0),)
+            tensors[name] = TensorPlan(
+                name, tensor.dtype, tensor.shape, None, side, on_path=False
+            )
+        return BlendPlan(inputs, tensors, is_adapter=True, variant=f"DoRA at {lam!r}")
     for name, tensor in adapter.tensors.items():
         origin = origins[name]
         # The path goes from the adapter that changes nothing to this one; what does not move
@@ -118,7 +133,7 @@ def _plan_adapter(base_dir: Path, adapter_dir: Path, lam: float) -> BlendPlan:
         tensors[name] = TensorPlan(
             name, tensor.dtype, tensor.shape, None, (side,), origin=origin or 0.0, on_path=moves
         )
-    return BlendPlan({"base": base, "tuned": adapter}, tensors, is_adapter=True)
+    return BlendPlan(inputs, tensors, is_adapter=True)
 
 
 def _plan_model(base_dir: Path, tuned_dir: Path, rule: LambdaRule, options: Writing) -> BlendPlan:
@@ -265,7 +280,7 @@ def fingerprint_text(plan: BlendPlan, options: Writing) -> str:
         for p in plan.tensors.values()
     ]
     how = [options.rounding, options.seed, options.max_shard_bytes, options.settings_from]
-    return json.dumps([rows, how])
+    return json.dumps([rows, how, plan.variant])
 
 
 def _plain(lam: Lambda) -> object:

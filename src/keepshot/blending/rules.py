@@ -121,7 +121,7 @@ def by_part(rule: LambdaMap, lam: float, parts: Mapping[str, Sequence[Part]]) ->
             )
 
     def of(part: Part) -> float:
-        kinds = (part.kind, _WHOLE.get(part.kind, part.kind), "other")
+        kinds: tuple[Kind, ...] = (part.kind, _WHOLE.get(part.kind, part.kind), "other")
         named = next((kind for kind in kinds if kind in rule.kinds), None)
         if named is not None:
             return rule.kinds[named]

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -108,7 +108,7 @@ class Files:
 
     def read(self, tensor: StoredTensor, start: int, out: Array) -> Array:
         """Fill `out` (uint8) with the tensor's data from element `start` on."""
-        view = memoryview(out)
+        view = out.data
         offset = tensor.offset + start * ITEM_SIZE[tensor.dtype]
         while len(view):
             count = os.preadv(self._descriptor(tensor.file), [view], offset)
@@ -197,7 +197,7 @@ def same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
             pieces = [np.empty((stop - start) * size, np.uint8) for _ in range(2)]
             files.read(first, start, pieces[0])
             files.read(second, start, pieces[1])
-            if not np.array_equal(*pieces):
+            if not np.array_equal(pieces[0], pieces[1]):
                 return False
     return True
 
@@ -224,7 +224,7 @@ def _write_shard(
 
 
 @contextmanager
-def _writing(partial: Path, shard: PlannedShard) -> Iterator[int]:
+def _writing(partial: Path, shard: PlannedShard) -> Generator[int]:
     """Open a file of the shard's size with its header; on disk when the block ends well."""
     descriptor = os.open(partial, os.O_CREAT | os.O_RDWR | os.O_TRUNC, 0o666)
     try:
@@ -408,7 +408,7 @@ class _Work:
 
     def _put(self, descriptor: int, target: StoredTensor, start: int, out: Array) -> None:
         offset = target.offset + start * ITEM_SIZE[target.dtype]
-        _write_all(descriptor, memoryview(out.view(np.uint8)), offset)
+        _write_all(descriptor, out.view(np.uint8).data, offset)
 
     def _read(self, use: str, tensor: StoredTensor, start: int, count: int) -> Array:
         out = self._buffer(use, count * ITEM_SIZE[tensor.dtype], np.uint8)

@@ -14,11 +14,13 @@ from typing import Any, TypeVar
 
 import torch
 from peft.helpers import rescale_adapter_scale
+from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from keepshot.blending.adapter import check_exact
 from keepshot.blending.blend import blend_, check_pair, same_bits
+from keepshot.blending.dora import dora_at
 from keepshot.blending.rules import LambdaRule, as_rule, check_lambda
 from keepshot.errors import ModelError
 from keepshot.models.checkpoint import TensorReader
@@ -102,23 +104,60 @@ def sweep_adapter(
 
 @contextmanager
 def rescale_adapter(module: nn.Module, lam: float) -> Generator[None]:
-    """Within the block, the module is base + lam * (adapted - base), through peft's own scaling.
+    """Within the block, the module is base + lam * (adapted - base).
 
-    Exact for LoRA and rsLoRA; the scales are put back at the end, also after an exception.
+    Exact for LoRA and rsLoRA (through peft's own scaling), DoRA and IA3 (see
+    `keepshot.blending.adapter`); all is put back at the end, also after an exception.
 
     Raises:
         ConfigError: if `lam` is not a finite number.
-        ModelError: if the module has no LoRA adapter, or one for which this is not exact.
+        ModelError: if the module has no adapter, or one for which this is not exact.
     """
     check_lambda(lam)
-    if not _adapted_layers(module):
+    layers = _adapted_layers(module)
+    if not layers:
         raise ModelError("the model carries no LoRA adapter, so there is nothing to scale")
-    with rescale_adapter_scale(module, lam):
-        yield
+    moved = [pair for layer in layers for pair in _at_lambda(layer, lam)]
+    if not moved:
+        with rescale_adapter_scale(module, lam):
+            yield
+        return
+    kept = [(tensor, tensor.clone()) for tensor, _ in moved]
+    with torch.no_grad():
+        try:
+            for tensor, value in moved:
+                tensor.copy_(value)
+            yield
+        finally:
+            for tensor, value in kept:
+                tensor.copy_(value)
 
 
-def _adapted_layers(module: nn.Module) -> Sequence[LoraLayer]:
-    """Return the LoRA layers of a module whose lambda can be set exactly; empty if it has none.
+def _at_lambda(layer: Any, lam: float) -> list[tuple[Tensor, Tensor]]:
+    """Return the tensors of an IA3 or DoRA layer with their values at lambda; none for LoRA."""
+    if isinstance(layer, IA3Layer):
+        return [(v.data, 1.0 + lam * (v.data - 1.0)) for v in layer.ia3_l.values()]
+    found: list[tuple[Tensor, Tensor]] = []
+    for name, dora in layer.lora_magnitude_vector.items():
+        up, down = layer.lora_B[name].weight.data, layer.lora_A[name].weight.data
+        weight = layer.get_base_layer().weight.data
+        weight = weight.T if layer.fan_in_fan_out else weight
+        update = layer.scaling[name] * (up.double() @ down.double())
+        magnitude: Tensor = dora.weight.data
+        ends = [end.double().cpu().numpy() for end in (weight, update, magnitude)]
+        at = dora_at(ends[0], ends[1], ends[2], lam)
+        if at is None:
+            raise ModelError(f"lambda {lam:g} of this DoRA adapter is no DoRA adapter; merge it")
+        factor, size = (torch.from_numpy(values).to(up.device) for values in at)
+        new = (factor[:, None] * up.double()).to(up.dtype)
+        same = lam == 1.0
+        found.append((up, up if same else new))
+        found.append((magnitude, magnitude if same else size))
+    return found
+
+
+def _adapted_layers(module: nn.Module) -> Sequence[Any]:
+    """Return the adapted layers of a module whose lambda can be set exactly; empty if none.
 
     Raises:
         ModelError: if an adapter is of another kind, not exact, or merged into the weights.
@@ -126,7 +165,7 @@ def _adapted_layers(module: nn.Module) -> Sequence[LoraLayer]:
     configs: Mapping[str, Any] = getattr(module, "peft_config", {})
     for name, config in configs.items():
         check_exact(config.to_dict(), where=f"adapter {name!r}")
-    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer | IA3Layer)]
     if any(layer.merged for layer in layers):
         raise ModelError(
             "the adapter is merged into the weights, so its scale has no effect; unmerge it first"

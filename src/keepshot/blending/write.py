@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from keepshot import __version__
 from keepshot.assets import sha256_of
@@ -57,13 +58,13 @@ def write(
 ) -> BlendRecord:
     """Write base + lam * (tuned - base) as a directory that transformers loads.
 
-    If `tuned_dir` is a PEFT LoRA adapter, what is written is that adapter with its B matrices
-    scaled by `lam`, which is the same function exactly.
+    If `tuned_dir` is a PEFT adapter (LoRA, rsLoRA, DoRA, IA3), what is written is that adapter at
+    `lam`, which is the same function exactly.
 
     Args:
         base_dir: directory of safetensors, sharded or not.
         tuned_dir: the same architecture; its config, tokenizer, chat template and generation
-            settings go into the output. Or a LoRA adapter of the base.
+            settings go into the output. Or an adapter of the base.
         lam: one number, or a function from a tensor's name to its lambda.
         out_dir: must not exist, or be empty.
         options: see `Writing`.
@@ -84,25 +85,26 @@ def write(
     second = [options.second[0]] if options.second else []
     _check_apart(out_dir, (base_dir, tuned_dir, *second))
     claim(out_dir, overwrite=options.overwrite)
-    plan = plan_blend(base_dir, tuned_dir, lam, options)
-    record = BlendRecord(
-        kind="adapter" if plan.is_adapter else "model",
-        lam=number,
-        base=str(base_dir),
-        tuned=str(tuned_dir),
-        dtype=plan.dtype_name or "mixed",
-        num_tensors=len(plan.tensors),
-        num_bytes=plan.num_bytes,
-        realised=RealisedLambda(None, None, None, 0),
-        base_sha256={},
-        tuned_sha256={},
-        output_sha256={},
-        notes=tuple(text for text in (note, *plan.notes) if text),
-        rounding=options.rounding,
-        seed=options.seed,
-        second=(str(options.second[0]), options.second[1]) if options.second else None,
-    )
-    return _write(plan, record, out_dir, options, watch)
+    with TemporaryDirectory(prefix="keepshot-") as scratch:
+        plan = plan_blend(base_dir, tuned_dir, lam, options, Path(scratch))
+        record = BlendRecord(
+            kind="adapter" if plan.is_adapter else "model",
+            lam=number,
+            base=str(base_dir),
+            tuned=str(tuned_dir),
+            dtype=plan.dtype_name or "mixed",
+            num_tensors=len(plan.tensors),
+            num_bytes=plan.num_bytes,
+            realised=RealisedLambda(None, None, None, 0),
+            base_sha256={},
+            tuned_sha256={},
+            output_sha256={},
+            notes=tuple(text for text in (note, *plan.notes) if text),
+            rounding=options.rounding,
+            seed=options.seed,
+            second=(str(options.second[0]), options.second[1]) if options.second else None,
+        )
+        return _write(plan, record, out_dir, options, watch)
 
 
 def verify(out_dir: Path) -> BlendRecord:
