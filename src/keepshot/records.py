@@ -113,7 +113,11 @@ class Cost(_Record):
 
 
 class PathPoint(_Record):
-    """One lambda on the path between two models, measured on one split."""
+    """One lambda on the path between two models, measured on one split.
+
+    `tasks` is the few-shot score by task; `below_base` names those whose paired 95 % interval of
+    the difference from the base lies below 0.
+    """
 
     lam: float = Field(validation_alias=_LAMBDA, serialization_alias="lambda")
     split: Split
@@ -124,6 +128,8 @@ class PathPoint(_Record):
     target: float | None
     target_ci95: tuple[float, float] | None
     num_items: int
+    tasks: dict[str, float] = Field(default_factory=dict)
+    below_base: list[str] = Field(default_factory=list)
 
 
 class TrainingRecord(_Record):
@@ -140,11 +146,20 @@ class TrainingRecord(_Record):
 
 
 class PickRecord(_Record):
-    """Which lambda was picked, by which stated rule, from which points."""
+    """Which lambda was picked, by which stated rule, from which points.
+
+    The interval is of the whole choice under resampled questions and draws; `share_same` of the
+    resamples pick this lambda again, `share_none` none at all. `pareto` are the lambdas that no
+    other beats in both few-shot and target score.
+    """
 
     rule: str
     lam: float | None = Field(validation_alias=_LAMBDA, serialization_alias="lambda")
     reason: str
+    lambda_ci95: tuple[float, float] | None = None
+    share_same: float | None = None
+    share_none: float | None = None
+    pareto: list[float] = Field(default_factory=list)
 
 
 class ResultDocument(_Record):

@@ -88,13 +88,16 @@ def test_a_planted_intruder_is_found_and_shrunk() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_lore_is_an_adapter_that_peft_loads(
-    family: str, fresh_pico: Build, tmp_path: Path
-) -> None:
+def test_lore_is_an_adapter_that_peft_loads(family: str, fresh_pico: Build, tmp_path: Path) -> None:
     ends = [fresh_pico(family, seed=0), fresh_pico(family, seed=0)]
     with torch.no_grad():
         for name, parameter in ends[1].module.named_parameters():
-            if parameter.ndim == 2 and "embed" not in name and "wte" not in name and "wpe" not in name:
+            if (
+                parameter.ndim == 2
+                and "embed" not in name
+                and "wte" not in name
+                and "wpe" not in name
+            ):
                 out, inside = parameter.shape
                 parameter += 0.1 * normal(1, out, 2) @ normal(2, 2, inside)
         next(p for n, p in ends[1].module.named_parameters() if p.ndim == 1).add_(0.1)

@@ -105,8 +105,8 @@ def check_adapts(adapter: Checkpoint, base: Checkpoint) -> dict[str, float | Non
         origins[name] = _ORIGINS.get(role or "")
         if role is None:
             raise ModelError(
-                f"{adapter.directory}: tensor {name!r} is no LoRA matrix or IA3 vector, so lambda is "
-                "not exact. Merge the adapter into its base and blend the two directories"
+                f"{adapter.directory}: tensor {name!r} is no LoRA matrix or IA3 vector, so "
+                "lambda is not exact. Merge the adapter into its base and blend the two directories"
             )
         weight = _base_weight(module, base)
         if weight is None:

@@ -120,9 +120,7 @@ def _plan_adapter(base_dir: Path, adapter_dir: Path, lam: float, scratch: Path) 
         scale_dora(adapter, base, config, lam, scratch / ADAPTER_WEIGHTS)
         for name, tensor in open_checkpoint(scratch / ADAPTER_WEIGHTS).tensors.items():
             side = (Side(tensor, 1.0),)
-            tensors[name] = TensorPlan(
-                name, tensor.dtype, tensor.shape, None, side, on_path=False
-            )
+            tensors[name] = TensorPlan(name, tensor.dtype, tensor.shape, None, side, on_path=False)
         return BlendPlan(inputs, tensors, is_adapter=True, variant=f"DoRA at {lam!r}")
     for name, tensor in adapter.tensors.items():
         origin = origins[name]

@@ -104,27 +104,14 @@ def by_part(rule: LambdaMap, lam: float, parts: Mapping[str, Sequence[Part]]) ->
         ConfigError: if the rule has more groups than the model has blocks, or names a kind that
             the model does not have.
     """
-    numbers = [part.block for found in parts.values() for part in found if part.block is not None]
-    count = max(numbers, default=-1) + 1
-    if rule.blocks is not None and len(rule.blocks) > count:
-        raise ConfigError(
-            f"rule.blocks: {len(rule.blocks)} groups for a model of {count} blocks; "
-            f"give at most {count}"
-        )
-    present = {part.kind for found in parts.values() for part in found}
-    present |= {_WHOLE[kind] for kind in present if kind in _WHOLE} | {"other"}
-    for kind in rule.kinds:
-        if kind not in present:
-            raise ConfigError(
-                f"rule.kinds.{kind}: this model has no such weights; it has "
-                f"{', '.join(sorted(present))}"
-            )
+    count = _num_blocks(parts)
+    _check_fits(rule, parts, count)
 
     def of(part: Part) -> float:
         kinds: tuple[Kind, ...] = (part.kind, _WHOLE.get(part.kind, part.kind), "other")
-        named = next((kind for kind in kinds if kind in rule.kinds), None)
-        if named is not None:
-            return rule.kinds[named]
+        for kind in kinds:
+            if kind in rule.kinds:
+                return rule.kinds[kind]
         block = part.block
         if block is None:
             block = 0 if part.kind == "embeddings" else count - 1
@@ -144,6 +131,27 @@ def by_part(rule: LambdaMap, lam: float, parts: Mapping[str, Sequence[Part]]) ->
         return RowLambda(-1 if found[0].transposed else 0, tuple(values))
 
     return lookup
+
+
+def _num_blocks(parts: Mapping[str, Sequence[Part]]) -> int:
+    numbers = [part.block for found in parts.values() for part in found if part.block is not None]
+    return max(numbers, default=-1) + 1
+
+
+def _check_fits(rule: LambdaMap, parts: Mapping[str, Sequence[Part]], count: int) -> None:
+    if rule.blocks is not None and len(rule.blocks) > count:
+        raise ConfigError(
+            f"rule.blocks: {len(rule.blocks)} groups for a model of {count} blocks; "
+            f"give at most {count}"
+        )
+    present = {part.kind for found in parts.values() for part in found}
+    present |= {_WHOLE[kind] for kind in present if kind in _WHOLE} | {"other"}
+    for kind in rule.kinds:
+        if kind not in present:
+            raise ConfigError(
+                f"rule.kinds.{kind}: this model has no such weights; it has "
+                f"{', '.join(sorted(present))}"
+            )
 
 
 def _at_block(rule: LambdaMap, lam: float, block: int, count: int) -> float:

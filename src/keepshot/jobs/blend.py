@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from keepshot.assets import AssetStore
 from keepshot.blending.card import RECORD_NAME
-from keepshot.blending.pick import check_rule, parse_rule, pick
+from keepshot.blending.pick import check_rule, next_lambdas, parse_rule, pick, with_interval
 from keepshot.blending.sweep import sweep
 from keepshot.blending.write import Watch, write
 from keepshot.errors import ConfigError
@@ -21,7 +21,7 @@ from keepshot.models.reference import parse_reference
 from keepshot.progress import Progress
 from keepshot.records import ItemResult, ResultDocument, Split
 from keepshot.scoring.evaluate import Plan
-from keepshot.scoring.summary import path_points, scores, summarise
+from keepshot.scoring.summary import path_points, resample_path, scores, summarise
 from keepshot.tasks.task import Task
 
 
@@ -97,18 +97,24 @@ def _sweep_and_pick(
     lams = sorted({0.0, *spec.sweep})
     target = questions.target.name if questions.target else None
     state = tuned.module.state_dict()
-    rows = dict(
-        sweep(
-            base,
-            state,
-            lams,
-            lambda lam: ledger.measured(
-                f"path-{lam:g}", base, questions.plans("validation"), arm="path", lam=lam
-            ),
+    rule = parse_rule(spec.pick)
+    rows: dict[float, list[ItemResult]] = {}
+    wanted = lams
+    while wanted:
+        rows |= dict(
+            sweep(
+                base,
+                state,
+                wanted,
+                lambda lam: ledger.measured(
+                    f"path-{lam:g}", base, questions.plans("validation"), arm="path", lam=lam
+                ),
+            )
         )
-    )
-    path = path_points(rows, rows[0.0], target=target, split="validation")
-    picked = pick(path, parse_rule(spec.pick))
+        path = path_points(rows, rows[0.0], target=target, split="validation")
+        picked = pick(path, rule)
+        wanted = next_lambdas(list(rows), picked.lam, spec.resolution) if spec.resolution else []
+    picked = with_interval(picked, path, resample_path(rows, target=target), rule)
     items: list[ItemResult] = []
     ends = {spec.base: 0.0, spec.tuned: 1.0}
     arms = ends if picked.lam is None else {**ends, "blended": picked.lam}

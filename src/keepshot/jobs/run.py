@@ -15,7 +15,7 @@ from pathlib import Path
 
 from keepshot import records
 from keepshot.assets import AssetStore
-from keepshot.blending.pick import check_rule, parse_rule, pick
+from keepshot.blending.pick import check_rule, parse_rule, pick, with_interval
 from keepshot.blending.sweep import sweep
 from keepshot.blending.write import write
 from keepshot.errors import ConfigError
@@ -37,7 +37,7 @@ from keepshot.records import (
     ResultDocument,
     TrainingRecord,
 )
-from keepshot.scoring.summary import path_points, scores, summarise
+from keepshot.scoring.summary import path_points, resample_path, scores, summarise
 from keepshot.tasks.catalog import SUITES
 from keepshot.tuning.train import Extra, train
 
@@ -151,7 +151,10 @@ class _Run:
             )
         )
         self.path = path_points(rows, rows[0.0], target=self.target.name, split="validation")
-        self.picked = pick(self.path, parse_rule(arm.pick))
+        rule = parse_rule(arm.pick)
+        self.picked = with_interval(
+            pick(self.path, rule), self.path, resample_path(rows, target=self.target.name), rule
+        )
         lam = self.picked.lam
         if lam is None:
             self.progress.note(f"blended: {self.picked.reason}")

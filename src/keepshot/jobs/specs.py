@@ -71,6 +71,8 @@ class BlendSpec(Where):
     """The lambda to write; left out, the one that `pick` chooses on the path."""
     sweep: tuple[float, ...] | None = None
     """Lambdas to measure."""
+    resolution: float | None = Field(default=None, gt=0.0)
+    """Measure on around the pick until its neighbours are no further away than this."""
     target: str | None = None
     """Examples file or task that the tuning was for."""
     pick: str = "keep-target:0.9"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -129,9 +130,50 @@ def path_points(
                 target=score.value if score else None,
                 target_ci95=score.ci95 if score else None,
                 num_items=table.num_items(shots),
+                tasks=table.by_task(shots),
+                below_base=table.below(before, shots),
             )
         )
     return points
+
+
+@dataclass(frozen=True)
+class ResampledPath:
+    """Scores of a path under resampled questions and draws, the same at every lambda.
+
+    `icl` and `tasks` (by name) are [resamples, lambdas]; so is `target`, None without one.
+    """
+
+    lams: tuple[float, ...]
+    icl: Matrix
+    chance: float
+    tasks: Mapping[str, Matrix]
+    target: Matrix | None
+
+
+def resample_path(
+    items_by_lambda: Mapping[float, Sequence[ItemResult]], *, target: str | None
+) -> ResampledPath:
+    """Resample the questions and draws behind `path_points`; deterministic."""
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    lams = tuple(sorted(items_by_lambda))
+    tables = [_Table(items_by_lambda[lam], target) for lam in lams]
+    shots = tables[0].shots[-1]
+    matrices = [table.matrices(shots) for table in tables]
+    names = list(tables[0].by_task(shots))
+    tasks = {
+        name: np.stack(stats.resampled_means([own[0][n] for own in matrices], generator), axis=1)
+        for n, name in enumerate(names)
+    }
+    asked = [table.target_matrix() for table in tables]
+    found = [matrix for matrix in asked if matrix is not None]
+    return ResampledPath(
+        lams=lams,
+        icl=np.mean(list(tasks.values()), axis=0),
+        chance=float(np.mean(matrices[0][1])),
+        tasks=tasks,
+        target=np.stack(stats.resampled_means(found, generator), axis=1) if found else None,
+    )
 
 
 def _by_arm(items: Sequence[ItemResult]) -> dict[str, list[ItemResult]]:
@@ -159,7 +201,7 @@ class _Table:
         self._rows = cells
         self.shots = sorted({shots for _, shots in cells})
 
-    def _matrices(self, shots: int) -> tuple[list[Matrix], list[float]]:
+    def matrices(self, shots: int) -> tuple[list[Matrix], list[float]]:
         matrices: list[Matrix] = []
         chances: list[float] = []
         for (_, cell_shots), rows in sorted(self._rows.items()):
@@ -175,17 +217,43 @@ class _Table:
         return matrices, chances
 
     def icl(self, shots: int) -> Interval:
-        matrices, _ = self._matrices(shots)
+        matrices, _ = self.matrices(shots)
         return stats.mean_over_tasks(matrices, np.random.default_rng(BOOTSTRAP_SEED))
 
     def retention(self, before: _Table, shots: int) -> Interval | None:
         keys = {cell: names for cell, names in self._keys.items() if cell[1] == shots}
         paired = {cell: names for cell, names in before._keys.items() if cell[1] == shots}
         assert keys == paired, "retention needs the same tasks, draws and items in both arms"
-        after, chances = self._matrices(shots)
+        after, chances = self.matrices(shots)
         return stats.retention(
-            after, before._matrices(shots)[0], chances, np.random.default_rng(BOOTSTRAP_SEED)
+            after, before.matrices(shots)[0], chances, np.random.default_rng(BOOTSTRAP_SEED)
         )
+
+    def by_task(self, shots: int) -> dict[str, float]:
+        """Mean score by task, in the order of `matrices`."""
+        names = [task for task, cell_shots in sorted(self._rows) if cell_shots == shots]
+        means = [float(matrix.mean()) for matrix in self.matrices(shots)[0]]
+        return dict(zip(names, means, strict=True))
+
+    def below(self, before: _Table, shots: int) -> list[str]:
+        """Tasks whose score is below that of `before` beyond chance, paired."""
+        pairs = zip(
+            self.by_task(shots),
+            self.matrices(shots)[0],
+            before.matrices(shots)[0],
+            strict=True,
+        )
+        generator = np.random.default_rng(BOOTSTRAP_SEED)
+        return [
+            name
+            for name, after, base in pairs
+            if stats.difference(after, base, generator).high < 0.0
+        ]
+
+    def target_matrix(self) -> Matrix | None:
+        """Scores of the target's items, in their own order, as one draw."""
+        rows = sorted(self._target_items, key=lambda item: item.item)
+        return np.array([[item.correct for item in rows]]) if rows else None
 
     def target_score(self) -> Interval | None:
         if not self._target_items:
