@@ -116,7 +116,8 @@ class PathPoint(_Record):
     """One lambda on the path between two models, measured on one split.
 
     `tasks` is the few-shot score by task; `below_base` names those whose paired 95 % interval of
-    the difference from the base lies below 0.
+    the difference from the base lies below 0. `answer_length` counts characters, where answers
+    are free text.
     """
 
     lam: float = Field(validation_alias=_LAMBDA, serialization_alias="lambda")
@@ -130,6 +131,9 @@ class PathPoint(_Record):
     num_items: int
     tasks: dict[str, float] = Field(default_factory=dict)
     below_base: list[str] = Field(default_factory=list)
+    format_failure: float | None = None
+    label_leakage: float | None = None
+    answer_length: float | None = None
 
 
 class TrainingRecord(_Record):

@@ -267,8 +267,8 @@ def _best_worst(path: Sequence[PathPoint], share: float) -> tuple[float | None, 
     change, name = worst(chosen)
     return chosen.lam, (
         f"lambda {chosen.lam:g} treats its worst task best: {name} changes by {change:+.3f} "
-        f"against the base, among the {len(enough)} of {len(path)} lambdas with a target score of at least "
-        f"{floor:.3f} ({share:g} of the tuned model's {tuned:.3f})"
+        f"against the base, among the {len(enough)} of {len(path)} lambdas with a target score of "
+        f"at least {floor:.3f} ({share:g} of the tuned model's {tuned:.3f})"
     )
 
 

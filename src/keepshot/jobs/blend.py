@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from keepshot.assets import AssetStore
@@ -19,7 +21,7 @@ from keepshot.jobs.write import writing
 from keepshot.models.loading import LanguageModel, load, locate
 from keepshot.models.reference import parse_reference
 from keepshot.progress import Progress
-from keepshot.records import ItemResult, ResultDocument, Split
+from keepshot.records import ItemResult, PathPoint, ResultDocument, Split
 from keepshot.scoring.evaluate import Plan
 from keepshot.scoring.summary import path_points, resample_path, scores, summarise
 from keepshot.tasks.task import Task
@@ -99,21 +101,24 @@ def _sweep_and_pick(
     state = tuned.module.state_dict()
     rule = parse_rule(spec.pick)
     rows: dict[float, list[ItemResult]] = {}
-    wanted = lams
-    while wanted:
-        rows |= dict(
-            sweep(
-                base,
-                state,
-                wanted,
-                lambda lam: ledger.measured(
-                    f"path-{lam:g}", base, questions.plans("validation"), arm="path", lam=lam
-                ),
-            )
+
+    def measure_path(wanted: Sequence[float]) -> list[PathPoint]:
+        found = sweep(
+            base,
+            state,
+            wanted,
+            lambda lam: ledger.measured(
+                f"path-{lam:g}", base, questions.plans("validation"), arm="path", lam=lam
+            ),
         )
-        path = path_points(rows, rows[0.0], target=target, split="validation")
+        rows.update(dict(found))
+        return path_points(rows, rows[0.0], target=target, split="validation")
+
+    path = measure_path(lams)
+    picked = pick(path, rule)
+    while more := next_lambdas(list(rows), picked.lam, spec.resolution or math.inf):
+        path = measure_path(more)
         picked = pick(path, rule)
-        wanted = next_lambdas(list(rows), picked.lam, spec.resolution) if spec.resolution else []
     picked = with_interval(picked, path, resample_path(rows, target=target), rule)
     items: list[ItemResult] = []
     ends = {spec.base: 0.0, spec.tuned: 1.0}
@@ -139,7 +144,9 @@ def _sweep_and_pick(
         path=path,
         pick=picked,
     )
-    return workspace.finish(document, items)
+    # The path's own rows lie beside them, so that the page can show what flips where.
+    along = [row for lam in sorted(rows) for row in rows[lam]]
+    return workspace.finish(document, [*items, *along])
 
 
 def _load_both(

@@ -132,9 +132,29 @@ def path_points(
                 num_items=table.num_items(shots),
                 tasks=table.by_task(shots),
                 below_base=table.below(before, shots),
+                **_conduct(items, target, shots),
             )
         )
     return points
+
+
+def _conduct(
+    items: Sequence[ItemResult], target: str | None, shots: int
+) -> dict[str, float | None]:
+    """Return means over tasks of format failure, leakage and answer length."""
+    by_task: dict[str, list[ItemResult]] = defaultdict(list)
+    for item in items:
+        if item.task != target and item.shots == shots:
+            by_task[item.task].append(item)
+    free = [rows for rows in by_task.values() if not rows[0].choices]
+    lengths = [float(np.mean([len(item.answer) for item in rows])) for rows in free]
+    failures = [np.mean([item.format_failure for item in rows]) for rows in by_task.values()]
+    leaks = [np.mean([item.label_leakage for item in rows]) for rows in by_task.values()]
+    return {
+        "format_failure": float(np.mean(failures)),
+        "label_leakage": float(np.mean(leaks)),
+        "answer_length": float(np.mean(lengths)) if lengths else None,
+    }
 
 
 @dataclass(frozen=True)
