@@ -164,8 +164,10 @@ def tune(
 
 @app.command()
 def blend(
-    base: Annotated[str, typer.Argument(help="Model before tuning.", metavar="BASE")],
-    tuned: Annotated[str, typer.Argument(help="The tuned model or adapter.", metavar="TUNED")],
+    base: Annotated[str, typer.Argument(help="Model before tuning, or a recipe.", metavar="BASE")],
+    tuned: Annotated[
+        str | None, typer.Argument(help="The tuned model or adapter.", metavar="TUNED")
+    ] = None,
     lam: Annotated[
         float | None, typer.Option("--lambda", help="Write base + LAMBDA * delta.")
     ] = None,
@@ -198,12 +200,12 @@ def blend(
     from keepshot.jobs.specs import parse_lambdas
 
     given = _given(
-        base=base, tuned=tuned, lam=lam, sweep=parse_lambdas(sweep) if sweep else None,
-        target=target, pick=pick, tasks=_names(tasks), shots=_numbers("--shots", shots),
-        seeds=seeds, limit=limit, seed=seed, device=device, dtype=dtype,
+        base=base if tuned else None, tuned=tuned, lam=lam,
+        sweep=parse_lambdas(sweep) if sweep else None, target=target, pick=pick,
+        tasks=_names(tasks), shots=_numbers("--shots", shots), seeds=seeds, limit=limit, seed=seed, device=device, dtype=dtype,
         trust_remote_code=trust_remote_code, check=False if no_check else None,
     )  # fmt: skip
-    spec = blend_spec(given, set_ or [])
+    spec = blend_spec(None if tuned else Path(base), given, set_ or [])
     if spec.sweep is None:
         place = out or Path("runs/blend")
         return _write_blend(spec, place, _store(accept_licence), overwrite, as_json)

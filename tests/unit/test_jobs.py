@@ -21,7 +21,7 @@ import yaml
 
 from keepshot import cli, exits
 from keepshot.models.loading import LanguageModel, save
-from keepshot.records import ResultDocument
+from keepshot.records import ResultDocument, read_items
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",
@@ -220,7 +220,7 @@ def test_blend_writes_one_point_and_sweeps_a_path(
     target = ["--target", "colours.jsonl", "--pick", "keep-target:0.1"]
     target += ["--set", "resolution=0.25"]
     assert (
-        status("blend", "base", "other", "--sweep", "0:1:0.5", *arguments, *target, "--out", "path")
+        status("blend", "other", "base", "--sweep", "0:1:0.5", *arguments, *target, "--out", "path")
         == 0
     )
     document = ResultDocument.read(workplace / "path")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from keepshot.blending.pick import (
+    BestICL,
     BestWorst,
     KeepTarget,
     Knee,
@@ -303,3 +304,17 @@ def test_points_name_the_tasks_that_are_significantly_below_the_base() -> None:
     assert resampled.icl.mean(axis=0) == pytest.approx([0.9, 0.89, 0.2], abs=0.005)
     assert resampled.target is not None
     assert resampled.target.mean(axis=0) == pytest.approx([0.0, 0.5, 0.9], abs=0.01)
+
+
+def test_best_icl_needs_no_target() -> None:
+    points = path({0.0: (0.5, None), 0.5: (0.6, None), 1.0: (0.4, None)})
+    check_rule(parse_rule("best-icl"), [0.5, 1.0], False)
+    record = pick(points, BestICL())
+    assert record.lam == 0.5
+    assert "inside the path" in record.reason
+    rows = measured({0.0: (0.5, 0.0), 0.5: (0.9, 0.5), 1.0: (0.4, 0.9)}, 100)
+    rows = {lam: [row for row in own if row.shots] for lam, own in rows.items()}
+    points = path_points(rows, rows[0.0], target=None, split="validation")
+    found = with_interval(pick(points, BestICL()), points, resample_path(rows, target=None),
+                          BestICL())  # fmt: skip
+    assert (found.lam, found.lambda_ci95) == (0.5, (0.5, 0.5))

@@ -55,6 +55,16 @@ class Weighted(Spec):
         return f"{self.name}:{self.weight:g}"
 
 
+class BestICL(Spec):
+    """The best few-shot score on the whole path, whatever the target; needs no target."""
+
+    name: Literal["best-icl"] = "best-icl"
+
+    def __str__(self) -> str:
+        """Return the form that `parse_rule` reads."""
+        return self.name
+
+
 class BestWorst(Spec):
     """Among lambdas that keep enough of the target score, that whose worst task lost least."""
 
@@ -77,12 +87,12 @@ class NoLoss(Spec):
         return self.name
 
 
-AnyRule = KeepTarget | Knee | Weighted | BestWorst | NoLoss
+AnyRule = KeepTarget | Knee | Weighted | BestWorst | NoLoss | BestICL
 PickRule = Annotated[AnyRule, Field(discriminator="name")]
 
 _EXAMPLES = {
     "keep-target": "keep-target:0.9", "knee": "knee", "weighted": "weighted:2",
-    "best-worst": "best-worst:0.9", "no-loss": "no-loss",
+    "best-worst": "best-worst:0.9", "no-loss": "no-loss", "best-icl": "best-icl",
 }  # fmt: skip
 
 
@@ -112,6 +122,8 @@ def parse_rule(text: str) -> AnyRule:
             return BestWorst.from_mapping(content, source=f"pick rule {text!r}")
         case "no-loss":
             return NoLoss.from_mapping(content, source=f"pick rule {text!r}")
+        case "best-icl":
+            return BestICL.from_mapping(content, source=f"pick rule {text!r}")
         case _:
             return Knee.from_mapping(content, source=f"pick rule {text!r}")
 
@@ -122,6 +134,8 @@ def check_rule(rule: AnyRule, lams: Sequence[float], has_target: bool) -> None:
     Raises:
         ConfigError: if there is no target, or a lambda that the rule compares with is not swept.
     """
+    if isinstance(rule, BestICL):
+        return
     if not has_target:
         raise ConfigError(f"pick rule {str(rule)!r} weighs a target score; name one with --target")
     compared = isinstance(rule, Knee | BestWorst | NoLoss)
@@ -163,6 +177,8 @@ def pick(points: Sequence[PathPoint], rule: AnyRule) -> PickRecord:
             lam, reason = _best_worst(path, rule.share)
         case NoLoss():
             lam, reason = _no_loss(path)
+        case BestICL():
+            lam, reason = _best_icl(path)
         case _:
             assert_never(rule)
     return PickRecord.model_validate(
@@ -193,7 +209,6 @@ def with_interval(
         resampled: scores under resampled questions and draws.
         rule: the rule that chose.
     """
-    assert resampled.target is not None
     path = sorted(points, key=lambda point: point.lam)
     assert tuple(point.lam for point in path) == resampled.lams
     chosen = [
@@ -235,14 +250,13 @@ def _resampled_points(
     path: Sequence[PathPoint], resampled: ResampledPath, number: int
 ) -> list[PathPoint]:
     """Return the points as one resample has them; what is significant is not resampled again."""
-    assert resampled.target is not None
-    icl, target = resampled.icl[number], resampled.target[number]
+    icl, target = resampled.icl[number], resampled.target
     ability = icl[0] - resampled.chance
     return [
         point.model_copy(
             update={
                 "icl": float(icl[place]),
-                "target": float(target[place]),
+                "target": None if target is None else float(target[number, place]),
                 "retention": None
                 if point.retention is None or ability <= 0.0
                 else float((icl[place] - resampled.chance) / ability),
@@ -251,6 +265,17 @@ def _resampled_points(
         )
         for place, point in enumerate(path)
     ]
+
+
+def _best_icl(path: Sequence[PathPoint]) -> tuple[float, str]:
+    chosen = max(path, key=lambda point: (point.icl, -point.lam))
+    where = (
+        "inside the path" if path[0].lam < chosen.lam < path[-1].lam else "at an end of the path"
+    )
+    return chosen.lam, (
+        f"lambda {chosen.lam:g} has the best few-shot score of all {len(path)} lambdas "
+        f"({_ability(chosen)}), {where}"
+    )
 
 
 def _best_worst(path: Sequence[PathPoint], share: float) -> tuple[float | None, str]:

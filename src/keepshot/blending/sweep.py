@@ -1,15 +1,17 @@
 """Many lambdas on one live model: weights changed in place, the base restored bit for bit.
 
 Knows nothing of what is measured: that is a callback. Memory: one copy of the base's changed
-tensors beside the model and the tuned tensors, however many lambdas there are.
+tensors beside the model, however many lambdas there are, and the tuned tensors if they are given
+live; those of a checkpoint are read again at every lambda, one at a time.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -36,7 +38,7 @@ class _Place:
     name: str
     live: Tensor
     base: Tensor
-    tuned: Tensor
+    tuned: Callable[[], Tensor]
 
 
 def sweep(
@@ -66,16 +68,14 @@ def sweep(
     """
     for lam in lams:
         check_lambda(lam)
-    if isinstance(tuned, TensorReader):
-        tuned = {name: tuned.read(name) for name in tuned.names}
-    places = _places(model.module, tuned)
+    places = _places(model.module, _Stored(tuned) if isinstance(tuned, TensorReader) else tuned)
     results: list[tuple[float, T]] = []
     with torch.no_grad():
         try:
             for lam in lams:
                 lookup = rule(lam)
                 for place in places:
-                    blend_(place.live, place.base, place.tuned, lookup(place.name))
+                    blend_(place.live, place.base, place.tuned(), lookup(place.name))
                 results.append((lam, measure(lam)))
         finally:
             _restore_(places)
@@ -197,9 +197,29 @@ def _places(module: nn.Module, tuned: Mapping[str, Tensor]) -> list[_Place]:
                 )
         _check_fits(first, state[first], tuned[first])
         if not same_bits(state[first], tuned[first]):
-            target = tuned[first].to(state[first].device)
-            places.append(_Place(name, state[first], state[first].clone(), target))
+            read = partial(_on_device, tuned, first, state[first].device)
+            places.append(_Place(name, state[first], state[first].clone(), read))
     return places
+
+
+class _Stored(Mapping[str, Tensor]):
+    """The tensors of a checkpoint, read when they are asked for and not kept."""
+
+    def __init__(self, reader: TensorReader) -> None:
+        self._reader = reader
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._reader.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reader.names)
+
+    def __len__(self) -> int:
+        return len(self._reader.names)
+
+
+def _on_device(tuned: Mapping[str, Tensor], name: str, device: torch.device) -> Tensor:
+    return tuned[name].to(device)
 
 
 def _check_fits(name: str, live: Tensor, tuned: Tensor) -> None:

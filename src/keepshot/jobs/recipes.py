@@ -40,13 +40,25 @@ def measure_spec(given: Mapping[str, Any], overrides: Sequence[str]) -> MeasureS
     return MeasureSpec.from_mapping(apply_overrides(dict(given), overrides), source="measure")
 
 
-def blend_spec(given: Mapping[str, Any], overrides: Sequence[str]) -> BlendSpec:
-    """Return the spec of `keepshot blend`.
+def blend_spec(
+    recipe: Path | None, given: Mapping[str, Any], overrides: Sequence[str]
+) -> BlendSpec:
+    """Return the spec of `keepshot blend`: a recipe file if there is one, then options, `--set`.
 
     Raises:
-        ConfigError: if an option or override does not fit.
+        ConfigError: if the file, an option or an override does not fit.
     """
-    return BlendSpec.from_mapping(apply_overrides(dict(given), overrides), source="blend")
+    if recipe is not None and recipe.suffix not in (".yaml", ".yml"):
+        raise ConfigError(
+            f"blend {str(recipe)!r}: expected BASE and TUNED, or a recipe (a .yaml file)"
+        )
+    content = {**(read_yaml(recipe) if recipe else {}), **given}
+    # One lambda on the command line takes the place of a recipe's path, and the other way round.
+    for one, other in (("lam", "sweep"), ("sweep", "lam")):
+        if one in given and other not in given:
+            content.pop(other, None)
+    source = recipe.name if recipe else "blend"
+    return BlendSpec.from_mapping(apply_overrides(content, overrides), source=source)
 
 
 def tune_spec(

@@ -70,7 +70,7 @@ def _task_panel(
         dots.encode(x=x, y=y, color=fill, description="hover:N"),
     ]
     title = alt.TitleParams(visible(label, 24), fontSize=12, fontWeight="normal")
-    return alt.layer(*layers, title=title).properties(width=size[0], height=size[1])
+    return _sized(alt.layer(*layers, title=title), size)
 
 
 def conduct_chart(document: ResultDocument, width: Width = "wide") -> alt.ConcatChart | None:
@@ -124,7 +124,7 @@ def _length_panel(
     base = alt.Chart(data(rows)).encode(x=x, y=y)
     dots = base.mark_circle(size=36, opacity=1, color=FAINT).encode(description="hover:N")
     layers = [*_pick_rule(document, x), base.mark_line(color=FAINT, strokeWidth=2), dots]
-    return alt.layer(*layers).properties(width=size[0], height=size[1])
+    return _sized(alt.layer(*layers), size)
 
 
 def relative_chart(
@@ -174,6 +174,10 @@ def relative_chart(
     )
     size = (660, 340) if width == "wide" else (262, 280)
     return styled(chart.properties(width=size[0], height=size[1]), width)
+
+
+def _sized(chart: alt.LayerChart, size: tuple[int, int]) -> Any:
+    return chart.properties(width=size[0], height=size[1])
 
 
 def _tuned_score(document: ResultDocument) -> float:
