@@ -8,10 +8,10 @@ mergekit pins other versions of common libraries, so give it an environment of i
 
 Two random Llama models are made in a temporary directory: `small` is 135 M parameters in float32
 (538 MB each), `large` 2 G in bfloat16 in shards of 1 GB (4 GB each). Every program is started
-anew, reads from the page cache (one untimed pass before), and its wall time and peak resident
-memory are taken from the operating system. keepshot runs with and without its checks; `cp` of one
-input is the floor. Prints a table with the median and range of `--runs`, and how far the result
-is from mergekit's in float32.
+anew and reads from the page cache (one untimed pass before); wall time, processor time (which
+other work on the machine moves less) and peak resident memory are the operating system's. keepshot
+runs with and without its checks; `cp` of one input is the floor. Prints a table with the median
+and range of `--runs`, and how far the result is from mergekit's in float32.
 """
 
 from __future__ import annotations
@@ -93,17 +93,18 @@ start = time.perf_counter()
 moves = [(os.POSIX_SPAWN_DUP2, log, 1), (os.POSIX_SPAWN_DUP2, log, 2)]
 pid = os.posix_spawnp(sys.argv[2], sys.argv[2:], os.environ, file_actions=moves)
 _, status, usage = os.wait4(pid, 0)
-print(status, time.perf_counter() - start, usage.ru_maxrss / 1000)
+busy = usage.ru_utime + usage.ru_stime
+print(status, time.perf_counter() - start, busy, usage.ru_maxrss / 1000)
 """
 
 
-def timed(command: list[str], log: Path) -> tuple[float, float]:
-    """Return wall seconds and peak resident megabytes of one process."""
+def timed(command: list[str], log: Path) -> tuple[float, float, float]:
+    """Return wall seconds, processor seconds and peak resident megabytes of one process."""
     launch = [sys.executable, "-S", "-E", "-c", LAUNCHER, str(log), *command]
-    status, seconds, memory = subprocess.check_output(launch, text=True).split()
+    status, seconds, busy, memory = subprocess.check_output(launch, text=True).split()
     if int(status):
         raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text(encoding='utf-8')[-2000:]}")
-    return float(seconds), float(memory)
+    return float(seconds), float(busy), float(memory)
 
 
 def difference(root: Path) -> float:
@@ -169,16 +170,21 @@ def commands(root: Path, given: argparse.Namespace) -> dict[str, list[str]]:
 def report(root: Path, given: argparse.Namespace) -> None:
     print(f"{given.size}: lambda {LAM}, {given.runs} runs each, {os.cpu_count()} processors")
     for name, command in commands(root, given).items():
-        seconds, memory = [], 0.0
+        seconds: list[float] = []
+        processor: list[float] = []
+        memory = 0.0
         for run in range(given.runs + 1):
             shutil.rmtree(root / "out", ignore_errors=True)
-            wall, peak = timed(command, root / "log")
+            wall, busy, peak = timed(command, root / "log")
             if run:  # the first pass fills the page cache
                 seconds.append(wall)
+                processor.append(busy)
             memory = max(memory, peak)
         middle = statistics.median(seconds)
         span = f"{min(seconds):.2f} to {max(seconds):.2f}"
-        print(f"{name:28} {middle:7.2f} s ({span})  {memory:7.0f} MB", flush=True)
+        work = statistics.median(processor)
+        shown = f"{middle:7.2f} s ({span}), {work:6.2f} s of processor"
+        print(f"{name:28} {shown}, {memory:5.0f} MB", flush=True)
         if name == "keepshot --no-check":
             shutil.rmtree(root / "ours", ignore_errors=True)
             shutil.move(root / "out", root / "ours")

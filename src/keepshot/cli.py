@@ -202,8 +202,9 @@ def blend(
     given = _given(
         base=base if tuned else None, tuned=tuned, lam=lam,
         sweep=parse_lambdas(sweep) if sweep else None, target=target, pick=pick,
-        tasks=_names(tasks), shots=_numbers("--shots", shots), seeds=seeds, limit=limit, seed=seed, device=device, dtype=dtype,
-        trust_remote_code=trust_remote_code, check=False if no_check else None,
+        tasks=_names(tasks), shots=_numbers("--shots", shots), seeds=seeds, limit=limit,
+        seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+        check=False if no_check else None,
     )  # fmt: skip
     spec = blend_spec(None if tuned else Path(base), given, set_ or [])
     if spec.sweep is None:

@@ -176,7 +176,7 @@ def relative_chart(
     return styled(chart.properties(width=size[0], height=size[1]), width)
 
 
-def _sized(chart: alt.LayerChart, size: tuple[int, int]) -> Any:
+def _sized(chart: Any, size: tuple[int, int]) -> Any:
     return chart.properties(width=size[0], height=size[1])
 
 
