@@ -87,6 +87,12 @@ BAD_INPUT = [
     (["tune", "--data", "few.jsonl", "--keep", "kll"], "nearest is 'kl'"),
     (["blend", "smollm2-135m-instruct", "smollm2-135m-instruct"], "--lambda"),
     (["blend", "a", "b", "--sweep", "0:1"], "a"),
+    (["blend", "a", "b", "--lambda", "half"], "'--lambda'"),
+    (["blend", "a", "b", "--lambda", "nan"], "`lam` = nan"),
+    (["blend", "few.jsonl", "--lambda", "0.4"], "expected BASE and TUNED, or a recipe"),
+    (["blend", "a", "b", "--lambda", "0.4", "--set", "rule.rampe=[0,1]"], "nearest is 'ramp'"),
+    (["blend", "a", "b", "--lambda", "0.4", "--set", "rounding=up"], "`rounding` = 'up'"),
+    (["blend", "a", "b", "--sweep", "0:1:1", "--set", "second=c"], "not along a --sweep"),
     (
         ["blend", "smollm2-135m-instruct", "gemma-3-270m", "--sweep", "0:1", "--target", "support"],
         "0:1",

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from keepshot import cli, exits
+from keepshot.models.checkpoint import TensorReader
 from keepshot.models.loading import LanguageModel, save
 from keepshot.records import ResultDocument, read_items
 
@@ -235,6 +237,14 @@ def test_blend_writes_one_point_and_sweeps_a_path(
     assert {row.lam for row in rows if row.arm == "path"} == set(lams)
     assert "Questions that flip" in (workplace / "path" / "report.html").read_text("utf-8")
     assert (workplace / "path" / "model" / "keepshot.json").exists()
+    rule = ["--set", "rule.kinds.mlp=0", "--no-check", "--pick", "best-icl", "--out", "frozen"]
+    assert status("blend", "other", "base", "--sweep", "0.5", *arguments, *rule) == 0
+    with (
+        TensorReader(workplace / "frozen" / "model") as mixed,
+        TensorReader(workplace / "other") as first,
+    ):
+        name = next(name for name in first.names if "up_proj" in name)
+        assert torch.equal(mixed.read(name), first.read(name))
     assert {row.arm for row in document.summary} >= {"base", "other"}
 
 

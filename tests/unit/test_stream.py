@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -243,6 +244,17 @@ def test_unfinished_work_of_other_settings_is_not_gone_on_with(tmp_path: Path) -
         write(*ends, 0.4, tmp_path / "out", Writing(max_shard_bytes=2000))
     with pytest.raises(OutputError, match="an unfinished blend of other settings"):
         write(*ends, 0.3, tmp_path / "out", Writing(max_shard_bytes=2000, dtype="float16"))
+
+
+def test_two_processes_do_not_write_one_blend(tmp_path: Path) -> None:
+    options = Writing(max_shard_bytes=2000)
+    ends = started(tmp_path, options)
+    left = unfinished_path(tmp_path / "out")
+    before = sorted(file.name for file in left.iterdir())
+    with FileLock(left / ".lock"), pytest.raises(OutputError, match="another process is writing"):
+        write(*ends, 0.3, tmp_path / "out", options)
+    assert sorted(file.name for file in left.iterdir()) == before
+    write(*ends, 0.3, tmp_path / "out", options)
 
 
 def test_the_type_of_a_reordered_shard_follows_its_header(tmp_path: Path) -> None:

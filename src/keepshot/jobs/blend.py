@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from keepshot.assets import AssetStore
 from keepshot.blending.card import RECORD_NAME
+from keepshot.blending.parts import parts_of
 from keepshot.blending.pick import check_rule, next_lambdas, parse_rule, pick, with_interval
+from keepshot.blending.rules import LambdaRule, as_rule, by_part
 from keepshot.blending.sweep import sweep
 from keepshot.blending.write import Watch, write
 from keepshot.errors import ConfigError
 from keepshot.jobs.check import loads_and_generates
 from keepshot.jobs.measure import Ledger, model_record, plan_for, read_tasks
+from keepshot.jobs.rules import rule_for
 from keepshot.jobs.specs import BlendSpec, Measuring
 from keepshot.jobs.target import load_target
 from keepshot.jobs.workspace import Workspace
 from keepshot.jobs.write import writing
 from keepshot.models.loading import LanguageModel, load, locate
-from keepshot.models.reference import parse_reference
+from keepshot.models.reference import (
+    AdapterDirectory,
+    Embedded,
+    GGUFFile,
+    HubModel,
+    LocalDirectory,
+    parse_reference,
+)
 from keepshot.progress import Progress
 from keepshot.records import ItemResult, PathPoint, ResultDocument, Split
 from keepshot.scoring.evaluate import Plan
@@ -65,8 +76,9 @@ def blend(
     Raises:
         UserError: before any model is loaded, wherever the fault can be seen by then.
     """
-    for reference in (spec.base, spec.tuned):
-        parse_reference(reference)
+    parsed = [parse_reference(reference) for reference in (spec.base, spec.tuned)]
+    if spec.rule is not None and any(isinstance(one, AdapterDirectory) for one in parsed):
+        raise ConfigError("an adapter takes one lambda; merge it into its base for a `rule`")
     assert spec.sweep is not None, "one lambda is written by `jobs.write`"
     check_rule(parse_rule(spec.pick), spec.sweep, spec.target is not None)
     questions = _questions(spec, store, progress)
@@ -97,6 +109,7 @@ def _sweep_and_pick(
     assert spec.sweep is not None
     ledger = Ledger(workspace, progress)
     lams = sorted({0.0, *spec.sweep})
+    at = _lambda_rule(spec, base)
     target = questions.target.name if questions.target else None
     state = tuned.module.state_dict()
     rule = parse_rule(spec.pick)
@@ -110,6 +123,7 @@ def _sweep_and_pick(
             lambda lam: ledger.measured(
                 f"path-{lam:g}", base, questions.plans("validation"), arm="path", lam=lam
             ),
+            at,
         )
         rows.update(dict(found))
         return path_points(rows, rows[0.0], target=target, split="validation")
@@ -131,6 +145,7 @@ def _sweep_and_pick(
             lambda lam, arm=arm: ledger.measured(
                 f"test-{lam:g}", base, questions.plans("test"), arm=arm, lam=lam
             ),
+            as_rule if arm in ends else at,
         )
         items += found[0][1]
     if picked.lam is not None:
@@ -147,6 +162,15 @@ def _sweep_and_pick(
     # The path's own rows lie beside them, so that the page can show what flips where.
     along = [row for lam in sorted(rows) for row in rows[lam]]
     return workspace.finish(document, [*items, *along])
+
+
+def _lambda_rule(spec: BlendSpec, base: LanguageModel) -> Callable[[float], LambdaRule]:
+    """Return what each tensor gets at a lambda: all the same, or by the spec's rule."""
+    rule = spec.rule
+    if rule is None:
+        return as_rule
+    parts = parts_of(base.module)
+    return lambda lam: by_part(rule, lam, parts)
 
 
 def _load_both(
@@ -184,5 +208,10 @@ def _write(
     progress.stage(f"writing lambda {lam:g}")
     trust = spec.trust_remote_code
     check = loads_and_generates(spec.base, store, trust_remote_code=trust) if spec.check else None
-    options = writing(spec, lambda reference: locate(reference, store, trust_remote_code=trust))
-    write(base.path, tuned.path, lam, out_dir, options, Watch(check, progress))
+
+    def find_model(reference: Embedded | HubModel | LocalDirectory | GGUFFile) -> Path:
+        return locate(reference, store, trust_remote_code=trust)
+
+    rule = rule_for(spec.model_copy(update={"lam": lam}), find_model) if spec.rule else lam
+    options = writing(spec, find_model)
+    write(base.path, tuned.path, rule, out_dir, options, Watch(check, progress))

@@ -57,6 +57,9 @@ def blend_spec(
     for one, other in (("lam", "sweep"), ("sweep", "lam")):
         if one in given and other not in given:
             content.pop(other, None)
+    # Nothing is loaded to write one lambda: its type can only mean that of what is written.
+    if content.get("lam") is not None and "dtype" in given:
+        content.setdefault("write_dtype", given["dtype"])
     source = recipe.name if recipe else "blend"
     return BlendSpec.from_mapping(apply_overrides(content, overrides), source=source)
 

@@ -67,7 +67,7 @@ class BlendSpec(Where):
     """The model before tuning."""
     tuned: str
     """The tuned model, or an adapter."""
-    lam: float | None = None
+    lam: float | None = Field(default=None, allow_inf_nan=False)
     """The lambda to write; left out, the one that `pick` chooses on the path."""
     sweep: tuple[float, ...] | None = None
     """Lambdas to measure."""
@@ -108,6 +108,8 @@ class BlendSpec(Where):
             raise ValueError(
                 "give either --lambda, to write one point, or --sweep, to measure many"
             )
+        if self.second is not None and self.sweep is not None:
+            raise ValueError("`second` can be added at one --lambda, not along a --sweep")
         return self
 
 
