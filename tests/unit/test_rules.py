@@ -35,14 +35,14 @@ def rule(**content: object) -> LambdaMap:
 
 def test_a_ramp_is_lines() -> None:
     """LiNeS: alpha + beta * (l - 1) / (L - 1) in block l of L (arXiv 2410.17146)."""
-    lookup = by_part(rule(ramp=[0.2, 1.0]), 0.5, PLAIN)
+    lookup = by_part(rule(ramp=[0.2, 1.0]), 1.0, PLAIN)
     found = [lookup(f"b.{n}.w") for n in range(5)]
     assert found == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert (lookup("embed"), lookup("norm")) == (0.2, 1.0)
 
 
 def test_a_block_list_is_cut_into_even_groups() -> None:
-    lookup = by_part(rule(blocks=[0.1, 0.9]), 0.5, PLAIN)
+    lookup = by_part(rule(blocks=[0.1, 0.9]), 1.0, PLAIN)
     assert [lookup(f"b.{n}.w") for n in range(5)] == [0.1, 0.1, 0.1, 0.9, 0.9]
     with pytest.raises(ConfigError, match="6 groups for a model of 5 blocks"):
         by_part(rule(blocks=[0.1] * 6), 0.5, PLAIN)
@@ -51,10 +51,18 @@ def test_a_block_list_is_cut_into_even_groups() -> None:
 def test_kinds_come_first_and_other_is_the_rest() -> None:
     lookup = by_part(rule(kinds={"mlp": 0.0}), 0.5, PLAIN)
     assert (lookup("b.1.w"), lookup("embed"), lookup("never heard of")) == (0.0, 0.5, 0.5)
-    lookup = by_part(rule(kinds={"norms": 1.0, "other": 0.0}), 0.5, PLAIN)
+    lookup = by_part(rule(kinds={"norms": 1.0, "other": 0.0}), 1.0, PLAIN)
     assert (lookup("b.1.w"), lookup("norm"), lookup("never heard of")) == (0.0, 1.0, 0.0)
     with pytest.raises(ConfigError, match=r"rule.kinds.value: this model has no such weights"):
         by_part(rule(kinds={"value": 1.0}), 0.5, PLAIN)
+
+
+def test_a_rule_is_made_of_factors_so_that_lambda_0_is_the_base() -> None:
+    mixed = rule(ramp=[0.2, 1.0], kinds={"norms": 0.5})
+    for lam in (0.0, 0.5, 1.0):
+        lookup = by_part(mixed, lam, PLAIN)
+        found = [lookup(name) for name in ("b.0.w", "b.4.w", "norm", "never heard of")]
+        assert found == pytest.approx([0.2 * lam, lam, 0.5 * lam, lam])
 
 
 @pytest.mark.parametrize(
@@ -97,7 +105,7 @@ def test_values_alone_move_where_asked_and_nothing_else(family: str, fresh_pico:
             else:
                 assert same_bits(now, before[name]), name
 
-    sweep(base, end, [0.5], check, lambda lam: by_part(only, lam, parts))
+    sweep(base, end, [1.0], check, lambda lam: by_part(only, lam, parts))
     assert all(same_bits(now, before[n]) for n, now in base.module.state_dict().items())
 
 
@@ -128,8 +136,8 @@ def test_rows_of_a_fused_projection_may_lie_apart() -> None:
         "qkv": (Part("query", 0, (0, 1)), Part("key", 0, (2, 4)), Part("value", 0, (3, 5))),
         "same": (Part("query", 0, (0,)), Part("key", 0, (1,)), Part("value", 0, (2,))),
     }
-    lookup = by_part(rule(kinds={"value": 0.9, "attention": 0.1}), 0.5, parts)
+    lookup = by_part(rule(kinds={"value": 0.9, "attention": 0.1}), 1.0, parts)
     found = lookup("qkv")
     assert isinstance(found, RowLambda)
     assert found.values == (0.1, 0.1, 0.1, 0.9, 0.1, 0.9)
-    assert by_part(rule(kinds={"attention": 0.3}), 0.5, parts)("same") == 0.3
+    assert by_part(rule(kinds={"attention": 0.3}), 1.0, parts)("same") == 0.3

@@ -65,16 +65,19 @@ class Part:
 
 
 class LambdaMap(Spec):
-    """Lambda by block and by kind of module; what is not named here gets the blend's own lambda."""
+    """Factors on lambda by block and by kind of module; what is not named here has factor 1.
+
+    Factors, so that lambda 0 is the base under every rule, and a path can be swept under it.
+    """
 
     ramp: tuple[float, float] | None = None
-    """Lambda of the first and of the last block, evenly in between. Outside the blocks: embeddings
+    """Factor of the first and of the last block, evenly in between. Outside the blocks: embeddings
     get the first, the final norm and the head the last."""
     blocks: tuple[float, ...] | None = Field(default=None, min_length=1)
-    """Lambda of even groups of blocks, from the first on; outside the blocks as for `ramp`."""
+    """Factor of even groups of blocks, from the first on; outside the blocks as for `ramp`."""
     kinds: Mapping[Kind, float] = {}
-    """Lambda by kind of module, before `ramp` and `blocks`; 0 keeps the base's weights. `other`
-    stands for all kinds that are not named, so `{value: 1, other: 0}` moves values alone."""
+    """Factor by kind of module, in place of `ramp` and `blocks`; 0 keeps the base's weights.
+    `other` stands for all kinds not named, so `{value: 1, other: 0}` moves values alone."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -87,17 +90,13 @@ class LambdaMap(Spec):
                 raise ValueError(f"{lam} is not a number")
         return self
 
-    def values(self) -> tuple[float, ...]:
-        """Return every lambda named here."""
-        return (*(self.ramp or ()), *(self.blocks or ()), *self.kinds.values())
-
 
 def by_part(rule: LambdaMap, lam: float, parts: Mapping[str, Sequence[Part]]) -> LambdaRule:
     """Return the lambda of every tensor under a rule.
 
     Args:
-        rule: what differs.
-        lam: for what the rule does not name.
+        rule: the factors.
+        lam: what they multiply.
         parts: what each tensor is, from `keepshot.blending.parts.parts_of`.
 
     Raises:
@@ -111,11 +110,11 @@ def by_part(rule: LambdaMap, lam: float, parts: Mapping[str, Sequence[Part]]) ->
         kinds: tuple[Kind, ...] = (part.kind, _WHOLE.get(part.kind, part.kind), "other")
         for kind in kinds:
             if kind in rule.kinds:
-                return rule.kinds[kind]
+                return lam * rule.kinds[kind]
         block = part.block
         if block is None:
             block = 0 if part.kind == "embeddings" else count - 1
-        return _at_block(rule, lam, block, count)
+        return lam * _at_block(rule, block, count)
 
     def lookup(name: str) -> Lambda:
         found = parts.get(name, (Part("other", None),))
@@ -154,10 +153,10 @@ def _check_fits(rule: LambdaMap, parts: Mapping[str, Sequence[Part]], count: int
             )
 
 
-def _at_block(rule: LambdaMap, lam: float, block: int, count: int) -> float:
+def _at_block(rule: LambdaMap, block: int, count: int) -> float:
     if rule.blocks is not None:
         return rule.blocks[block * len(rule.blocks) // count]
     if rule.ramp is not None:
         first, last = rule.ramp
         return first if count < 2 else first + (last - first) * block / (count - 1)
-    return lam
+    return 1.0

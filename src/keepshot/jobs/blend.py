@@ -138,27 +138,22 @@ def _sweep_and_pick(
     ends = {spec.base: 0.0, spec.tuned: 1.0}
     arms = ends if picked.lam is None else {**ends, "blended": picked.lam}
     for arm, lam in arms.items():
-        found = sweep(
-            base,
-            state,
-            [lam],
-            lambda lam, arm=arm: ledger.measured(
-                f"test-{lam:g}", base, questions.plans("test"), arm=arm, lam=lam
-            ),
-            as_rule if arm in ends else at,
-        )
-        items += found[0][1]
+        whole = arm in ends or spec.rule is None
+        part = f"test-{lam:g}" if whole else f"test-ruled-{lam:g}"
+
+        def ask(lam: float, arm: str = arm, part: str = part) -> list[ItemResult]:
+            return ledger.measured(part, base, questions.plans("test"), arm=arm, lam=lam)
+
+        # The ends are the two models themselves, whatever the rule.
+        [(_, found)] = sweep(base, state, [lam], ask, as_rule if arm in ends else at)
+        items += found
     if picked.lam is not None:
         _write(base, tuned, picked.lam, (spec, store), where)
     document = ResultDocument(
         models=[model_record(base), model_record(tuned)],
-        scores=scores(items, questions.versions),
-        summary=summarise(items, target=target),
-        cost=ledger.cost,
-        target_task=target,
-        path=path,
-        pick=picked,
-    )
+        scores=scores(items, questions.versions), summary=summarise(items, target=target),
+        cost=ledger.cost, target_task=target, path=path, pick=picked,
+    )  # fmt: skip
     # The path's own rows lie beside them, so that the page can show what flips where.
     along = [row for lam in sorted(rows) for row in rows[lam]]
     return workspace.finish(document, [*items, *along])

@@ -98,7 +98,7 @@ class BlendSpec(Where):
     beta: float = Field(default=1.0, allow_inf_nan=False)
     """How much of the further model's difference is added."""
     rule: LambdaMap | None = None
-    """Lambda by block or kind of module; `lam` counts for what the rule does not name."""
+    """Factors on lambda by block or kind of module; 1 for what the rule does not name."""
     check: bool = True
     """Hash all files, load what was written and let it generate."""
 
