@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from keepshot.errors import OutputError
+from keepshot.errors import OutputError, UserError, is_full_disk
 
 
 def write_text(text: str, path: Path) -> None:
@@ -29,14 +31,11 @@ def replacing(path: Path) -> Generator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise output_error(error, path) from error
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = _beside(path)
     try:
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
         raise output_error(error, path) from error
@@ -54,18 +53,22 @@ def building_directory(out_dir: Path, *, overwrite: bool = False) -> Generator[P
     """
     claim(out_dir, overwrite=overwrite)
     try:
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-        temporary.chmod(0o755)
+        temporary = _beside(out_dir)
+        temporary.mkdir(parents=True)
     except OSError as error:
         raise output_error(error, out_dir) from error
     try:
         yield temporary
+        follow_umask(temporary)
         if out_dir.exists():
             shutil.rmtree(out_dir)
         temporary.replace(out_dir)
-    except OSError as error:
-        raise output_error(error, out_dir) from error
+    except Exception as error:
+        # What safetensors and torch cannot write comes in classes of their own.
+        told = output_error(error, out_dir)
+        if told is error:
+            raise
+        raise told from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -85,8 +88,8 @@ def claim(out_dir: Path, *, overwrite: bool = False) -> None:
     existing = next(parent for parent in out_dir.absolute().parents if parent.exists())
     try:
         # Only writing shows whether a place can be written: permissions do not say it for root.
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(bytes(_PROBE_BYTES))
     except OSError as error:
         raise output_error(error, out_dir) from error
 
@@ -94,12 +97,31 @@ def claim(out_dir: Path, *, overwrite: bool = False) -> None:
 _UNWRITABLE = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT,
 }  # fmt: skip
+_PROBE_BYTES = 4096
 
 
-def output_error(error: OSError, path: Path) -> Exception:
+def output_error(error: Exception, path: Path) -> Exception:
     """Return what the user is told where a place cannot be written; other faults as they are."""
-    if error.errno == errno.ENOSPC:
+    if isinstance(error, UserError):
+        return error
+    if is_full_disk(error):
         return OutputError(f"{path}: the disk is full; free some space or choose another --out")
-    if error.errno in _UNWRITABLE:
+    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
         return OutputError(f"{path}: cannot be written ({error.strerror}); choose another --out")
     return error
+
+
+def follow_umask(folder: Path) -> None:
+    """Give every file the mode of one that is simply opened: safetensors makes its own 0600."""
+    probe = _beside(folder / "mode")
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
+
+
+def _beside(path: Path) -> Path:
+    """Return a hidden name of its own beside `path`; what is made there follows the umask."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")

@@ -65,6 +65,8 @@ class ModelRecord(_Record):
     sha256: str
     num_parameters: int
     dtype: str
+    sharing: Literal["packed", "rows", "plain"] | None = None
+    """How far prompts could share what they have in common; None if it was not measured now."""
 
 
 class Score(_Record):
@@ -99,6 +101,9 @@ class SummaryRow(_Record):
     icl_gain: float | None
     retention: float | None
     retention_ci95: tuple[float, float] | None
+    changed: float | None = None
+    """Share of answers, right or wrong, that are not those of the first arm; mean over tasks."""
+    changed_ci95: tuple[float, float] | None = None
     target: float | None = None
     target_ci95: tuple[float, float] | None = None
     num_items: int
@@ -110,6 +115,7 @@ class Cost(_Record):
     seconds: float = 0.0
     tokens_prefilled: int = 0
     tokens_naive: int = 0
+    processes: int = 1
 
 
 class PathPoint(_Record):
@@ -241,14 +247,27 @@ def write_items(items: Sequence[ItemResult], path: Path) -> None:
 
 
 def read_items(path: Path) -> list[ItemResult]:
-    """Read the rows that `write_items` wrote."""
+    """Read the rows that `write_items` wrote.
+
+    Raises:
+        ConfigError: if they cannot be read.
+    """
     names = {field.name for field in fields(ItemResult)}
-    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    rows: list[dict[str, Any]] = read_item_table(path).to_pylist()
     return [ItemResult(**{key: row[key] for key in names}) for row in rows]
+
+
+def read_item_table(path: Path) -> pa.Table:
+    """Read the rows that `write_items` wrote, as a table; raises as `read_items` does."""
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ConfigError(f"{path}: cannot be read as parquet ({reason}); run again") from None
 
 
 __all__ = [
     "Cost", "ItemResult", "ModelRecord", "PathPoint", "PickRecord", "ResultDocument", "Score",
-    "SummaryRow", "TrainingRecord", "building_directory", "claim", "read_items", "replacing",
-    "write_items", "write_text",
+    "SummaryRow", "TrainingRecord", "building_directory", "claim", "read_item_table",
+    "read_items", "replacing", "write_items", "write_text",
 ]  # fmt: skip

@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from keepshot.records import ResultDocument
-from keepshot.report.terminal import path_table, scores_table, summary_table
+from keepshot.report.terminal import path_table, scores_table, summary_table, theory_tables
+from keepshot.theory.document import TheoryDocument
 
 
 def show_document(document: ResultDocument, out_dir: Path | None) -> None:
@@ -29,3 +30,19 @@ def show_document(document: ResultDocument, out_dir: Path | None) -> None:
         if (out_dir / "report.html").exists():
             page = out_dir / "report.html"
             console.print(f"page:    {escape(str(page))}", highlight=False, soft_wrap=True)
+
+
+def show_theory(document: TheoryDocument, out_dir: Path) -> None:
+    """Print what was predicted beside what was measured, claim by claim, and where the page is."""
+    console = Console()
+    for claim in document.claims:
+        for table in theory_tables(claim):
+            console.print(table)
+        for sentence in claim.sentences:
+            console.print(escape(sentence), highlight=False)
+    for note in document.notes:
+        console.print(escape(note), highlight=False)
+    console.print(f"written: {escape(str(out_dir))}", highlight=False, soft_wrap=True)
+    console.print(
+        f"page:    {escape(str(out_dir / 'report.html'))}", highlight=False, soft_wrap=True
+    )

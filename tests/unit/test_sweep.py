@@ -11,12 +11,12 @@ import torch
 from peft import LoraConfig, OFTConfig, get_peft_model
 from torch import Tensor
 
+from cases import FAMILIES
 from keepshot.blending.blend import blend, same_bits
 from keepshot.blending.sweep import rescale_adapter, sweep, sweep_adapter
 from keepshot.errors import ConfigError, ModelError
 from keepshot.models.loading import LanguageModel
 
-FAMILIES = ["llama", "gpt2", "gpt_neox", "qwen2", "gemma3", "falcon"]
 LAMS = (0.0, 0.1, 0.5, 0.9, 1.0, 1.2)
 Build = Callable[..., LanguageModel]
 

@@ -16,18 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cases import FAMILIES
 from keepshot.blending import write as write_module
 from keepshot.blending.blend import blend, realised_lambda, same_bits
 from keepshot.blending.card import BlendRecord
 from keepshot.blending.planning import Writing
 from keepshot.blending.write import Watch, verify, write
 from keepshot.errors import ConfigError, ModelError, OutputError
-from keepshot.models.adapter import BASE_RECORD
+from keepshot.models.bases import BASE_RECORD
 from keepshot.models.checkpoint import TensorReader
 from keepshot.models.loading import LanguageModel
 from keepshot.progress import Silent
 
-FAMILIES = ["llama", "gpt2", "gpt_neox", "qwen2", "gemma3", "falcon"]
 LAMS = [0.0, 0.1, 0.5, 1.0, 1.3]
 Build = Callable[..., LanguageModel]
 

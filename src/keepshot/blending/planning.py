@@ -54,6 +54,8 @@ class Writing:
     (RE-Adapt, arXiv 2405.15007, eq. 4)."""
     hash_files: bool = True
     """Put the sha256 of every file read and written into the record."""
+    names: tuple[str, ...] = ()
+    """What the record calls base, tuned and `second`, if not by their directories."""
     overwrite: bool = False
     """Replace what lies at the output, and forget an unfinished try."""
 
@@ -68,6 +70,10 @@ class BlendPlan:
     notes: tuple[str, ...] = ()
     variant: str = ""
     """What determines the bytes written and shows in none of the tensors."""
+
+    def folder(self, side: str) -> Path:
+        """Return the directory that an input lies in."""
+        return self.inputs[side].files[0].parent
 
     @property
     def num_bytes(self) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from keepshot.errors import ModelError, OutputError, UserError
-from keepshot.outputs import claim, output_error, write_text
+from keepshot.outputs import claim, follow_umask, output_error, write_text
 
 _STATE = ".blend.json"
 _LOCK = ".lock"
@@ -80,6 +80,7 @@ def unfinished(
             yield folder
             (folder / _STATE).unlink()
         (folder / _LOCK).unlink(missing_ok=True)
+        follow_umask(folder)
         _put_in_place(folder, out_dir)
     except (KeyboardInterrupt, SystemExit):
         _tidy(folder, worth_keeping)

@@ -85,13 +85,14 @@ def write(
     second = [options.second[0]] if options.second else []
     _check_apart(out_dir, (base_dir, tuned_dir, *second))
     claim(out_dir, overwrite=options.overwrite)
+    names = options.names or tuple(map(str, (base_dir, tuned_dir, *second)))
     with TemporaryDirectory(prefix="keepshot-") as scratch:
         plan = plan_blend(base_dir, tuned_dir, lam, options, Path(scratch))
         record = BlendRecord(
             kind="adapter" if plan.is_adapter else "model",
             lam=number,
-            base=str(base_dir),
-            tuned=str(tuned_dir),
+            base=names[0],
+            tuned=names[1],
             dtype=plan.dtype_name or "mixed",
             num_tensors=len(plan.tensors),
             num_bytes=plan.num_bytes,
@@ -102,9 +103,19 @@ def write(
             notes=tuple(text for text in (note, *plan.notes) if text),
             rounding=options.rounding,
             seed=options.seed,
-            second=(str(options.second[0]), options.second[1]) if options.second else None,
+            second=(names[2], options.second[1]) if options.second else None,
         )
         return _write(plan, record, out_dir, options, watch)
+
+
+def check_inputs(base_dir: Path, tuned_dir: Path, options: Writing | None = None) -> None:
+    """Check, by configs and headers alone, that two directories can be blended.
+
+    Raises:
+        ModelError: if they do not fit (which tensor).
+    """
+    with TemporaryDirectory(prefix="keepshot-") as scratch:
+        plan_blend(base_dir, tuned_dir, 1.0, options or Writing(), Path(scratch))
 
 
 def verify(out_dir: Path) -> BlendRecord:
@@ -180,7 +191,7 @@ def _finish(
     """Put beside the weights what belongs there, check the whole, and write the record last."""
     options, watch, shards = how
     realised = RealisedLambda.from_sums(sums)
-    base_dir, tuned_dir = Path(record.base), Path(record.tuned)
+    base_dir, tuned_dir = plan.folder("base"), plan.folder("tuned")
     if plan.is_adapter:
         copied = copy_adapter_companions(tuned_dir, folder)
     else:

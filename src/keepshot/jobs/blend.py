@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from keepshot.assets import AssetStore
@@ -13,7 +13,7 @@ from keepshot.blending.parts import parts_of
 from keepshot.blending.pick import check_rule, next_lambdas, parse_rule, pick, with_interval
 from keepshot.blending.rules import LambdaRule, as_rule, by_part
 from keepshot.blending.sweep import sweep
-from keepshot.blending.write import Watch, write
+from keepshot.blending.write import Watch, check_inputs, write
 from keepshot.errors import ConfigError
 from keepshot.jobs.check import loads_and_generates
 from keepshot.jobs.measure import Ledger, model_record, plan_for, read_tasks
@@ -21,10 +21,11 @@ from keepshot.jobs.rules import rule_for
 from keepshot.jobs.specs import BlendSpec, Measuring
 from keepshot.jobs.target import load_target
 from keepshot.jobs.workspace import Workspace
-from keepshot.jobs.write import writing
+from keepshot.jobs.write import Locate, find, writing
+from keepshot.models.bases import check_base, is_adapter
+from keepshot.models.identity import directory_sha256
 from keepshot.models.loading import LanguageModel, load, locate
 from keepshot.models.reference import (
-    AdapterDirectory,
     Embedded,
     GGUFFile,
     HubModel,
@@ -33,7 +34,7 @@ from keepshot.models.reference import (
 )
 from keepshot.progress import Progress
 from keepshot.records import ItemResult, PathPoint, ResultDocument, Split
-from keepshot.scoring.evaluate import Plan
+from keepshot.scoring.evaluate import Plan, check_prompts
 from keepshot.scoring.summary import path_points, resample_path, scores, summarise
 from keepshot.tasks.task import Task
 
@@ -76,14 +77,15 @@ def blend(
     Raises:
         UserError: before any model is loaded, wherever the fault can be seen by then.
     """
-    parsed = [parse_reference(reference) for reference in (spec.base, spec.tuned)]
-    if spec.rule is not None and any(isinstance(one, AdapterDirectory) for one in parsed):
-        raise ConfigError("an adapter takes one lambda; merge it into its base for a `rule`")
+    for reference in (spec.base, spec.tuned):
+        parse_reference(reference)
     assert spec.sweep is not None, "one lambda is written by `jobs.write`"
     check_rule(parse_rule(spec.pick), spec.sweep, spec.target is not None)
     questions = _questions(spec, store, progress)
-    workspace.begin()
-    base, tuned = _load_both(spec, store, progress)
+    base, tuned = _load_both(spec, store, workspace, progress)
+    for split in ("validation", "test"):
+        for plan in questions.plans(split):
+            check_prompts(base, plan)
     return _sweep_and_pick(spec, store, questions, (base, tuned), (workspace, progress))
 
 
@@ -169,20 +171,30 @@ def _lambda_rule(spec: BlendSpec, base: LanguageModel) -> Callable[[float], Lamb
 
 
 def _load_both(
-    spec: BlendSpec, store: AssetStore, progress: Progress
+    spec: BlendSpec, store: AssetStore, workspace: Workspace, progress: Progress
 ) -> tuple[LanguageModel, LanguageModel]:
+    """Check by the files that the two fit, then load them, an adapter on the base given."""
+    progress.stage("checking that the two fit")
+    find_model = _locate(spec, store)
+    base_path, tuned_path = (find(name, find_model) for name in (spec.base, spec.tuned))
+    if is_adapter(tuned_path):
+        if spec.rule is not None:
+            raise ConfigError("an adapter takes one lambda; merge it into its base for a `rule`")
+        check_base(tuned_path, directory_sha256(base_path, store), spec.base)
+    check_inputs(base_path, tuned_path, writing(spec, find_model))
+    workspace.begin()
     loaded: list[LanguageModel] = []
-    for reference in (spec.base, spec.tuned):
-        progress.stage(f"loading {reference}")
-        loaded.append(
-            load(
-                reference,
-                store,
-                device=spec.device,
-                dtype=spec.dtype,
-                trust_remote_code=spec.trust_remote_code,
-            )
+    on_base = f"{spec.base}+{tuned_path}" if is_adapter(tuned_path) else spec.tuned
+    for name, reference in ((spec.base, spec.base), (spec.tuned, on_base)):
+        progress.stage(f"loading {name}")
+        model = load(
+            reference,
+            store,
+            device=spec.device,
+            dtype=spec.dtype,
+            trust_remote_code=spec.trust_remote_code,
         )
+        loaded.append(replace(model, reference=name))
     return loaded[0], loaded[1]
 
 
@@ -196,17 +208,21 @@ def _write(
     spec, store = how
     workspace, progress = where
     # An adapter stays one: scaling it is exact, and it stays small.
-    kind = "adapter" if (tuned.path / "adapter_config.json").exists() else "model"
+    kind = "adapter" if is_adapter(tuned.path) else "model"
     out_dir = workspace.path / kind
     if (out_dir / RECORD_NAME).exists():
         return
     progress.stage(f"writing lambda {lam:g}")
     trust = spec.trust_remote_code
     check = loads_and_generates(spec.base, store, trust_remote_code=trust) if spec.check else None
-
-    def find_model(reference: Embedded | HubModel | LocalDirectory | GGUFFile) -> Path:
-        return locate(reference, store, trust_remote_code=trust)
-
+    find_model = _locate(spec, store)
     rule = rule_for(spec.model_copy(update={"lam": lam}), find_model) if spec.rule else lam
     options = writing(spec, find_model)
     write(base.path, tuned.path, rule, out_dir, options, Watch(check, progress))
+
+
+def _locate(spec: BlendSpec, store: AssetStore) -> Locate:
+    def find_model(reference: Embedded | HubModel | LocalDirectory | GGUFFile) -> Path:
+        return locate(reference, store, trust_remote_code=spec.trust_remote_code)
+
+    return find_model

@@ -10,6 +10,7 @@ from typing import Any
 from keepshot.errors import ConfigError
 from keepshot.jobs.specs import BlendSpec, MeasureSpec, RunSpec, TuneSpec
 from keepshot.specs import apply_overrides, read_yaml
+from keepshot.theory.document import TheorySpec
 from keepshot.tuning.recipe import KL, Full, LoRA, Mix, Recipe, ValueOnly, auto
 
 
@@ -99,6 +100,15 @@ def tune_spec(
     source = recipe.name if recipe else "tune"
     tuned = Recipe.from_mapping(apply_overrides(content, overrides), source=source)
     return TuneSpec.from_mapping({"recipe": tuned, **where}, source=source)
+
+
+def theory_spec(given: Mapping[str, Any], overrides: Sequence[str]) -> TheorySpec:
+    """Return the spec of `keepshot theory`.
+
+    Raises:
+        ConfigError: if an option or override does not fit.
+    """
+    return TheorySpec.from_mapping(apply_overrides(dict(given), overrides), source="theory")
 
 
 def describe() -> list[dict[str, str]]:

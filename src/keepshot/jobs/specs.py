@@ -51,6 +51,10 @@ class MeasureSpec(Measuring, Where):
 
     models: tuple[str, ...] = Field(min_length=1)
     """Model references; retention is against the first."""
+    server: str | None = None
+    """OpenAI-compatible server that generates in the model's place."""
+    server_model: str | None = None
+    """The model's name on the server; left out, its only one."""
 
 
 class TuneSpec(Where):

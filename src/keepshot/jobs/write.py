@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from keepshot.assets import AssetStore
 from keepshot.blending.card import BlendRecord
 from keepshot.blending.planning import Writing
 from keepshot.blending.rules import LambdaRule
 from keepshot.blending.write import Check, Watch, write
 from keepshot.errors import ModelError
 from keepshot.jobs.specs import BlendSpec
+from keepshot.models.bases import check_base, is_adapter
+from keepshot.models.identity import directory_sha256
 from keepshot.models.reference import (
     AdapterDirectory,
     Embedded,
@@ -61,6 +64,7 @@ def writing(spec: BlendSpec, locate: Locate, *, overwrite: bool = False) -> Writ
         one_sided=spec.one_sided,
         second=second,
         hash_files=spec.check,
+        names=(spec.base, spec.tuned, *([spec.second] if spec.second else [])),
         overwrite=overwrite,
     )
 
@@ -68,7 +72,7 @@ def writing(spec: BlendSpec, locate: Locate, *, overwrite: bool = False) -> Writ
 def write_one(
     spec: BlendSpec,
     out_dir: Path,
-    locate: Locate,
+    models: tuple[Locate, AssetStore],
     watch: tuple[Check | None, Progress],
     *,
     overwrite: bool = False,
@@ -80,9 +84,12 @@ def write_one(
         UserError: before anything is written, wherever the fault can be seen by then.
     """
     assert spec.lam is not None
+    locate, store = models
     base, tuned = find(spec.base, locate), find(spec.tuned, locate)
-    if (base / "adapter_config.json").is_file():
+    if is_adapter(base):
         raise ModelError(f"{base}: is an adapter; base must be a whole model")
+    if is_adapter(tuned) and spec.check:
+        check_base(tuned, directory_sha256(base, store), spec.base)
     return write(
         base,
         tuned,

@@ -49,16 +49,16 @@ def write_report(run_dir: Path) -> Path:
     document = ResultDocument.read(run_dir)
     items_path = run_dir / "items.parquet"
     items = read_items(items_path) if items_path.exists() else []
-    environment = _flat(_read_json(run_dir / "environment.json"))
+    environment = flat(_read_json(run_dir / "environment.json"))
     drawn = [
-        _figure(name, title, charts, run_dir / "figures")
+        draw(name, title, charts, run_dir / "figures")
         for name, title, charts in _charts(document)
         if charts[0] is not None
     ]
     formats = view.format_means(document)
     spec_path = run_dir / "spec.yaml"
     page = (
-        _environment()
+        page_environment()
         .get_template("page.html")
         .render(
             document=document,
@@ -107,18 +107,18 @@ def compare(run_dirs: Sequence[Path], out_dir: Path) -> Path:
     charts = tuple(figures.runs_chart(documents, width) for width in ("wide", "narrow"))
     figure = None
     if charts[0] is not None:
-        figure = _figure("compare", title, charts, out_dir / "figures")
+        figure = draw("compare", title, charts, out_dir / "figures")
     title = "Few-shot score along lambda, as a change against each tuned model"
     charts = tuple(along.relative_chart(documents, width) for width in ("wide", "narrow"))
     paths = None
     if charts[0] is not None:
-        paths = _figure("relative", title, charts, out_dir / "figures")
+        paths = draw("relative", title, charts, out_dir / "figures")
     measured_on = {
         name: (view.most_shots(document), frozenset(s.task for s in document.scores))
         for name, document in documents.items()
     }
     page = (
-        _environment()
+        page_environment()
         .get_template("compare.html")
         .render(
             runs={name: (document, view.arms(document)) for name, document in documents.items()},
@@ -177,7 +177,8 @@ def _charts(document: ResultDocument) -> list[tuple[str, str, tuple[Any, Any]]]:
     ]
 
 
-def _figure(name: str, title: str, charts: Sequence[Any], folder: Path) -> Figure:
+def draw(name: str, title: str, charts: Sequence[Any], folder: Path) -> Figure:
+    """Write a chart's wide and narrow SVG to `folder` and return them as they stand in a page."""
     wide, narrow = (svg.render(chart, title) for chart in charts)
     write_text(wide, folder / f"{name}.svg")
     write_text(narrow, folder / f"{name}-narrow.svg")
@@ -215,7 +216,7 @@ def _read_json(path: Path) -> Any:
         raise ConfigError(f"{path}: not valid JSON: {error}; delete it to do without") from None
 
 
-def _flat(content: Any, prefix: str = "") -> list[tuple[str, str]]:
+def flat(content: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Turn nested mappings into (dotted key, value) pairs."""
     if not isinstance(content, dict):
         text = ", ".join(map(str, content)) if isinstance(content, list) else str(content)
@@ -223,11 +224,12 @@ def _flat(content: Any, prefix: str = "") -> list[tuple[str, str]]:
     return [
         pair
         for key, value in content.items()
-        for pair in _flat(value, f"{prefix}.{key}" if prefix else str(key))
+        for pair in flat(value, f"{prefix}.{key}" if prefix else str(key))
     ]
 
 
-def _environment() -> jinja2.Environment:
+def page_environment() -> jinja2.Environment:
+    """Return the templates with their filters, escaping on."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,

@@ -7,7 +7,7 @@ demonstrations, and a summary refuses rows for which that does not hold.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +77,7 @@ def summarise(items: Sequence[ItemResult], *, target: str | None = None) -> list
         for shots in table.shots:
             icl = table.icl(shots)
             kept = table.retention(reference, shots)
+            changed = table.changed(reference, shots)
             rows.append(
                 SummaryRow(
                     arm=arm,
@@ -88,6 +89,8 @@ def summarise(items: Sequence[ItemResult], *, target: str | None = None) -> list
                     icl_gain=None if at_zero is None else icl.value - at_zero.value,
                     retention=kept.value if kept else None,
                     retention_ci95=kept.ci95 if kept else None,
+                    changed=changed.value,
+                    changed_ci95=changed.ci95,
                     target=score.value if score else None,
                     target_ci95=score.ci95 if score else None,
                     num_items=table.num_items(shots),
@@ -182,7 +185,7 @@ def resample_path(
     matrices = [table.matrices(shots) for table in tables]
     names = list(tables[0].by_task(shots))
     tasks = {
-        name: np.stack(stats.resampled_means([own[0][n] for own in matrices], generator), axis=1)
+        name: np.stack(stats.resampled_means([own[n] for own in matrices], generator), axis=1)
         for n, name in enumerate(names)
     }
     asked = [table.target_matrix() for table in tables]
@@ -190,7 +193,7 @@ def resample_path(
     return ResampledPath(
         lams=lams,
         icl=np.mean(list(tasks.values()), axis=0),
-        chance=float(np.mean(matrices[0][1])),
+        chance=float(np.mean(tables[0].chances(shots))),
         tasks=tasks,
         target=np.stack(stats.resampled_means(found, generator), axis=1) if found else None,
     )
@@ -207,6 +210,14 @@ def _chance(cell: Sequence[ItemResult]) -> float:
     return float(np.mean([1.0 / len(item.choices) if item.choices else 0.0 for item in cell]))
 
 
+def _correct(item: ItemResult) -> float:
+    return item.correct
+
+
+def _place(item: ItemResult) -> tuple[str, int, str]:
+    return item.task, item.seed, item.item
+
+
 class _Table:
     """One arm's scores as a matrix [draws, items] for each (task, shots)."""
 
@@ -221,46 +232,62 @@ class _Table:
         self._rows = cells
         self.shots = sorted({shots for _, shots in cells})
 
-    def matrices(self, shots: int) -> tuple[list[Matrix], list[float]]:
+    def matrices(self, shots: int, value: Callable[[ItemResult], float] = _correct) -> list[Matrix]:
+        """A value of every row, by task in the order of `by_task`."""
         matrices: list[Matrix] = []
-        chances: list[float] = []
-        for (_, cell_shots), rows in sorted(self._rows.items()):
-            if cell_shots != shots:
-                continue
+        for rows in self._cells(shots):
             seeds = sorted({seed for seed, _ in rows})
             names = sorted({name for _, name in rows})
             assert len(rows) == len(seeds) * len(names), "every draw must see the same items"
-            matrices.append(
-                np.array([[rows[seed, name].correct for name in names] for seed in seeds])
-            )
-            chances.append(_chance(list(rows.values())))
-        return matrices, chances
+            matrices.append(np.array([[value(rows[seed, n]) for n in names] for seed in seeds]))
+        return matrices
+
+    def chances(self, shots: int) -> list[float]:
+        """Chance level by task, in the order of `matrices`."""
+        return [_chance(list(rows.values())) for rows in self._cells(shots)]
+
+    def _cells(self, shots: int) -> list[dict[tuple[int, str], ItemResult]]:
+        return [rows for (_, cell_shots), rows in sorted(self._rows.items()) if cell_shots == shots]
 
     def icl(self, shots: int) -> Interval:
-        matrices, _ = self.matrices(shots)
+        matrices = self.matrices(shots)
         return stats.mean_over_tasks(matrices, np.random.default_rng(BOOTSTRAP_SEED))
 
     def retention(self, before: _Table, shots: int) -> Interval | None:
+        self._check_pairing(before, shots)
+        return stats.retention(
+            self.matrices(shots),
+            before.matrices(shots),
+            self.chances(shots),
+            np.random.default_rng(BOOTSTRAP_SEED),
+        )
+
+    def changed(self, before: _Table, shots: int) -> Interval:
+        """Return the share of answers that are not `before`'s, right or wrong."""
+        self._check_pairing(before, shots)
+        answers = {
+            _place(item): item.answer for rows in before._cells(shots) for item in rows.values()
+        }
+        matrices = self.matrices(shots, lambda item: float(item.answer != answers[_place(item)]))
+        return stats.mean_over_tasks(matrices, np.random.default_rng(BOOTSTRAP_SEED))
+
+    def _check_pairing(self, before: _Table, shots: int) -> None:
         keys = {cell: names for cell, names in self._keys.items() if cell[1] == shots}
         paired = {cell: names for cell, names in before._keys.items() if cell[1] == shots}
-        assert keys == paired, "retention needs the same tasks, draws and items in both arms"
-        after, chances = self.matrices(shots)
-        return stats.retention(
-            after, before.matrices(shots)[0], chances, np.random.default_rng(BOOTSTRAP_SEED)
-        )
+        assert keys == paired, "arms are compared on the same tasks, draws and items"
 
     def by_task(self, shots: int) -> dict[str, float]:
         """Mean score by task, in the order of `matrices`."""
         names = [task for task, cell_shots in sorted(self._rows) if cell_shots == shots]
-        means = [float(matrix.mean()) for matrix in self.matrices(shots)[0]]
+        means = [float(matrix.mean()) for matrix in self.matrices(shots)]
         return dict(zip(names, means, strict=True))
 
     def below(self, before: _Table, shots: int) -> list[str]:
         """Tasks whose score is below that of `before` beyond chance, paired."""
         pairs = zip(
             self.by_task(shots),
-            self.matrices(shots)[0],
-            before.matrices(shots)[0],
+            self.matrices(shots),
+            before.matrices(shots),
             strict=True,
         )
         generator = np.random.default_rng(BOOTSTRAP_SEED)
