@@ -38,5 +38,9 @@ test: install
 test-all: install
 	KEEPSHOT_ACCEPT_LICENCE=gemma $(BIN)/python -m pytest
 
+# rewrite the golden files, with a reason in the commit message
+golden: install
+	$(BIN)/python -m pytest tests/golden --golden
+
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache

@@ -15,6 +15,11 @@ from keepshot.models.loading import LanguageModel
 from pico import PICO_CONFIGS, pico_model
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option behind `make golden`."""
+    parser.addoption("--golden", action="store_true", help="rewrite the files of tests/golden")
+
+
 @pytest.fixture(scope="session")
 def pico_models() -> dict[str, LanguageModel]:
     """One pico model per family; tests must not change them (use `fresh_pico` for that)."""

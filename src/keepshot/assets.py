@@ -35,12 +35,14 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from safetensors import SafetensorError
 
-from keepshot.errors import AssetError, unknown
+from keepshot.errors import AssetError, is_full_disk, unknown
 from keepshot.pins import ASSETS, LICENCES, Asset, JoinedFile, Wheel
 
 MARKER = "keepshot-asset.json"
 CHUNK = 1 << 20
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 LICENCE_MEMBERS = ("*.dist-info/LICEN*", "*.dist-info/licen*/*", "*.dist-info/METADATA")
 
 Display = Callable[[str, int | None], AbstractContextManager[Callable[[int], None]]]
@@ -126,7 +128,7 @@ class AssetStore:
         target = self.root / "assets" / asset.key
         if _is_whole(target):
             return target
-        with _mending_os_errors(self.root), self.lock("assets", asset.key, f"fetch {name}"):
+        with mending_write_errors(self.root), self.lock("assets", asset.key, f"fetch {name}"):
             if not _is_whole(target):
                 self._download(asset, target)
         return target
@@ -155,7 +157,7 @@ class AssetStore:
             AssetError: if the cache cannot be written.
         """
         path = self.root.joinpath(*parts)
-        with _mending_os_errors(self.root):
+        with mending_write_errors(self.root):
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -198,7 +200,7 @@ class AssetStore:
             "url": licence.url,
             "accepted_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        with _mending_os_errors(self.root):
+        with mending_write_errors(self.root):
             record.parent.mkdir(parents=True, exist_ok=True)
             record.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -432,13 +434,14 @@ def _is_whole(folder: Path) -> bool:
 
 
 @contextmanager
-def _mending_os_errors(root: Path) -> Generator[None]:
+def mending_write_errors(root: Path) -> Generator[None]:
+    """Turn a cache below `root` that cannot be written, or is full, into an AssetError."""
     try:
         yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except (OSError, SafetensorError) as error:
+        if is_full_disk(error):
             problem = "the disk is full"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        elif isinstance(error, OSError) and error.errno in _UNWRITABLE:
             problem = f"cannot be written ({error.strerror})"
         else:
             raise

@@ -6,6 +6,7 @@ Anything else that escapes is a fault of ours and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -58,3 +59,14 @@ def unknown(what: str, value: str, known: Iterable[str], listing: str) -> str:
     close = nearest(value, known)
     hint = f"; nearest is {close!r}" if close else ""
     return f"{what} {value!r} is unknown{hint}; {listing}"
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Say whether an error means that no more can be written: disk, quota or file size limit.
+
+    What safetensors and torch write comes back without an error number, in their own words.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    words = ("(os error 28)", "(os error 27)", "(os error 122)", "inline_container.cc")
+    return any(word in str(error) for word in words)

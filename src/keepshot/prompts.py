@@ -39,6 +39,8 @@ class Template:
     question: str = "Q: {input}\nA:"
     answer: str = " {output}"
     separator: str = "\n\n"
+    description: str = ""
+    """Stands before everything else, as it is."""
 
     def __post_init__(self) -> None:
         """Check the two places to fill."""
@@ -47,7 +49,7 @@ class Template:
 
     def context(self, demonstrations: Sequence[Example], query: Example) -> str:
         """Return the demonstrations and the open question, without a trailing space."""
-        return self.shared_prefix(demonstrations) + _fill(self.question, INPUT, query.input)
+        return self.shared_prefix(demonstrations) + self._ask(query)
 
     def continuation(self, output: str) -> str:
         """Return what follows the context if the answer is `output`, such as `" Paris"`."""
@@ -55,10 +57,13 @@ class Template:
 
     def shared_prefix(self, demonstrations: Sequence[Example]) -> str:
         """Return the part of the context that every question under these demonstrations shares."""
-        return "".join(
-            self.context([], shown) + self.continuation(shown.output) + self.separator
+        return self.description + "".join(
+            self._ask(shown) + self.continuation(shown.output) + self.separator
             for shown in demonstrations
         )
+
+    def _ask(self, query: Example) -> str:
+        return _fill(self.question, INPUT, query.input)
 
 
 TEMPLATES: dict[str, Template] = {

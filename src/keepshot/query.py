@@ -8,10 +8,9 @@ from typing import Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from keepshot.errors import ConfigError
-from keepshot.records import ResultDocument
+from keepshot.records import ResultDocument, read_item_table
 
 
 def query(sql: str, run_dirs: Sequence[Path]) -> tuple[list[str], list[tuple[Any, ...]]]:
@@ -53,7 +52,7 @@ def _tables(run_dirs: Sequence[Path]) -> dict[str, pa.Table]:
         document = ResultDocument.read(directory).model_dump(mode="json", by_alias=True)
         for name, collected in rows.items():
             collected += [{"run": directory.name, **_flat(row)} for row in document[name]]
-        table = pq.read_table(directory / "items.parquet")
+        table = read_item_table(directory / "items.parquet")
         names = pa.array([directory.name] * table.num_rows, pa.string())
         items.append(table.add_column(0, "run", names))
     tables = {name: pa.Table.from_pylist(found) for name, found in rows.items() if found}

@@ -7,12 +7,7 @@ Knows nothing of models or tasks beyond their names.
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
-import tempfile
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +17,8 @@ import pyarrow.parquet as pq
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from keepshot import __version__
-from keepshot.errors import ConfigError, OutputError
+from keepshot.errors import ConfigError
+from keepshot.outputs import building_directory, claim, replacing, write_text
 
 Split = Literal["validation", "test"]
 
@@ -89,6 +85,8 @@ class ModelRecord(_Record):
     sha256: str
     num_parameters: int
     dtype: str
+    sharing: Literal["packed", "rows", "plain"] | None = None
+    """How far prompts could share what they have in common; None if it was not measured now."""
 
 
 class Score(_Record):
@@ -123,6 +121,9 @@ class SummaryRow(_Record):
     icl_gain: float | None
     retention: float | None
     retention_ci95: tuple[float, float] | None
+    changed: float | None = None
+    """Share of answers, right or wrong, that are not those of the first arm; mean over tasks."""
+    changed_ci95: tuple[float, float] | None = None
     target: float | None = None
     target_ci95: tuple[float, float] | None = None
     num_items: int
@@ -134,10 +135,16 @@ class Cost(_Record):
     seconds: float = 0.0
     tokens_prefilled: int = 0
     tokens_naive: int = 0
+    processes: int = 1
 
 
 class PathPoint(_Record):
-    """One lambda on the path between two models, measured on one split."""
+    """One lambda on the path between two models, measured on one split.
+
+    `tasks` is the few-shot score by task; `below_base` names those whose paired 95 % interval of
+    the difference from the base lies below 0. `answer_length` counts characters, where answers
+    are free text.
+    """
 
     lam: float = Field(validation_alias=_LAMBDA, serialization_alias="lambda")
     split: Split
@@ -148,6 +155,11 @@ class PathPoint(_Record):
     target: float | None
     target_ci95: tuple[float, float] | None
     num_items: int
+    tasks: dict[str, float] = Field(default_factory=dict)
+    below_base: list[str] = Field(default_factory=list)
+    format_failure: float | None = None
+    label_leakage: float | None = None
+    answer_length: float | None = None
 
 
 class TrainingRecord(_Record):
@@ -188,11 +200,20 @@ class InstructionScore(_Record):
 
 
 class PickRecord(_Record):
-    """Which lambda was picked, by which stated rule, from which points."""
+    """Which lambda was picked, by which stated rule, from which points.
+
+    The interval is of the whole choice under resampled questions and draws; `share_same` of the
+    resamples pick this lambda again, `share_none` none at all. `pareto` are the lambdas that no
+    other beats in both few-shot and target score.
+    """
 
     rule: str
     lam: float | None = Field(validation_alias=_LAMBDA, serialization_alias="lambda")
     reason: str
+    lambda_ci95: tuple[float, float] | None = None
+    share_same: float | None = None
+    share_none: float | None = None
+    pareto: list[float] = Field(default_factory=list)
 
 
 class ResultDocument(_Record):
@@ -319,9 +340,13 @@ def write_items(items: Sequence[ItemResult], path: Path) -> None:
 
 
 def read_items(path: Path) -> list[ItemResult]:
-    """Read the rows that `write_items` wrote."""
+    """Read the rows that `write_items` wrote.
+
+    Raises:
+        ConfigError: if they cannot be read.
+    """
     names = {field.name for field in fields(ItemResult)}
-    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    rows: list[dict[str, Any]] = read_item_table(path).to_pylist()
     return [ItemResult(**{key: row[key] for key in names}) for row in rows]
 
 
@@ -347,100 +372,23 @@ def write_instructions(rows: Sequence[InstructionRow], path: Path) -> None:
 
 
 def read_instructions(path: Path) -> list[InstructionRow]:
-    """Read the rows that `write_instructions` wrote."""
-    return [InstructionRow(**row) for row in pq.read_table(path).to_pylist()]
+    """Read the rows that `write_instructions` wrote; raises as `read_items` does."""
+    return [InstructionRow(**row) for row in read_item_table(path).to_pylist()]
 
 
-def write_text(text: str, path: Path) -> None:
-    """Write a text file atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def replacing(path: Path) -> Generator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it there."""
+def read_item_table(path: Path) -> pa.Table:
+    """Read the rows that `write_items` wrote, as a table; raises as `read_items` does."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _output_error(error, path) from error
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        raise _output_error(error, path) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        return pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ConfigError(f"{path}: cannot be read as parquet ({reason}); run again") from None
 
 
-@contextmanager
-def building_directory(out_dir: Path, *, overwrite: bool = False) -> Generator[Path]:
-    """Yield a temporary directory that becomes `out_dir` when the block ends without error.
-
-    Raises:
-        OutputError: if `out_dir` already holds something and `overwrite` is false, if it cannot
-            be written, or if the disk is full.
-    """
-    claim(out_dir, overwrite=overwrite)
-    try:
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", dir=out_dir.parent))
-        temporary.chmod(0o755)
-    except OSError as error:
-        raise _output_error(error, out_dir) from error
-    try:
-        yield temporary
-        if out_dir.exists():
-            shutil.rmtree(out_dir)
-        temporary.replace(out_dir)
-    except OSError as error:
-        raise _output_error(error, out_dir) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def claim(out_dir: Path, *, overwrite: bool = False) -> None:
-    """Check, before any work, that `out_dir` can be written and holds nothing worth keeping.
-
-    Raises:
-        OutputError: saying why not and what to do.
-    """
-    if out_dir.exists() and not out_dir.is_dir():
-        raise OutputError(f"{out_dir}: is a file; name a directory that does not exist yet")
-    if out_dir.exists() and any(out_dir.iterdir()) and not overwrite:
-        raise OutputError(
-            f"{out_dir}: already exists; add --overwrite to replace it, or name another with --out"
-        )
-    existing = next(parent for parent in out_dir.absolute().parents if parent.exists())
-    try:
-        # Only writing shows whether a place can be written: permissions do not say it for root.
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise _output_error(error, out_dir) from error
-
-
-_UNWRITABLE = {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT,
-}  # fmt: skip
-
-
-def _output_error(error: OSError, path: Path) -> Exception:
-    if error.errno == errno.ENOSPC:
-        return OutputError(f"{path}: the disk is full; free some space or choose another --out")
-    if error.errno in (
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-        errno.ENOTDIR,
-        errno.EEXIST,
-        errno.ENOENT,
-    ):
-        return OutputError(f"{path}: cannot be written ({error.strerror}); choose another --out")
-    return error
+__all__ = [
+    "Agreement", "Cost", "InstructionRow", "InstructionScore", "ItemResult", "JudgeDocument",
+    "ModelRecord", "PathPoint", "PickRecord", "ResultDocument", "Score", "SummaryRow",
+    "TrainingRecord", "WinRate", "building_directory", "claim", "read_instructions",
+    "read_item_table", "read_items", "replacing", "write_instructions", "write_items",
+    "write_text",
+]  # fmt: skip

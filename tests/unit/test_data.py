@@ -116,15 +116,25 @@ def test_sliding_makes_every_example_the_query_once(model: LanguageModel):
 
 def test_long_rows_are_an_error_or_counted_but_never_cut(model: LanguageModel):
     rows = [Example("short", "yes"), Example("long " * 10, "no")]
-    with pytest.raises(TaskError, match=r"row 2 has \d+ tokens, more than max_length 30"):
-        encode_rows(model, rows, template=TEMPLATE, max_length=30, long_rows="error")
-    encoded = encode_rows(model, rows, template=TEMPLATE, max_length=30, long_rows="drop")
+    with pytest.raises(
+        TaskError, match=r"my.jsonl: row 'long long .*' has \d+ tokens, \d+ more than max_length 30"
+    ):
+        encode_rows(
+            model, rows, template=TEMPLATE, max_length=30, long_rows="error", source="my.jsonl"
+        )
+    encoded = encode_rows(
+        model, rows, template=TEMPLATE, max_length=30, long_rows="drop", source="my.jsonl"
+    )
     assert (len(encoded.samples), encoded.num_dropped) == (1, 1)
     assert encoded.samples[0] == encode(model, rows[0])
     with pytest.raises(TaskError, match="all 2 rows have more tokens than max_length 3"):
-        encode_rows(model, rows, template=TEMPLATE, max_length=3, long_rows="drop")
+        encode_rows(
+            model, rows, template=TEMPLATE, max_length=3, long_rows="drop", source="my.jsonl"
+        )
     with pytest.raises(TaskError, match="there is no row to tune on"):
-        encode_rows(model, [], template=TEMPLATE, max_length=30, long_rows="drop")
+        encode_rows(
+            model, [], template=TEMPLATE, max_length=30, long_rows="drop", source="my.jsonl"
+        )
 
 
 def test_hold_out_is_seeded_and_keeps_every_row_once():

@@ -22,6 +22,7 @@ from transformers import (
     PretrainedConfig,
 )
 
+from cases import FAMILIES
 from keepshot.models.loading import LanguageModel
 from keepshot.scoring.engine import Engine
 from keepshot.scoring.request import (
@@ -34,7 +35,7 @@ from keepshot.scoring.request import (
     Request,
     Result,
 )
-from pico import PICO_CONFIGS, SHARED, VOCAB_SIZE, character_tokenizer
+from pico import SHARED, VOCAB_SIZE, character_tokenizer
 
 SAME: dict[str, Any] = dict(SHARED)
 SMALL: dict[str, Any] = {
@@ -115,7 +116,7 @@ def assert_same(found: list[Result], expected: list[Result], requests: list[Requ
             assert result == reference
 
 
-@pytest.mark.parametrize("family", PICO_CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_shared_equals_unshared(pico_models: dict[str, LanguageModel], family: str) -> None:
     model = pico_models[family]
     requests = with_right_answers(model, some_requests(15))
@@ -192,7 +193,7 @@ def test_log_likelihood_is_the_sum_over_the_continuation(
     assert greedy.is_greedy
 
 
-@pytest.mark.parametrize("family", PICO_CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_generate_equals_a_naive_loop(pico_models: dict[str, LanguageModel], family: str) -> None:
     model = pico_models[family]
     generator = random.Random(5)
@@ -209,7 +210,7 @@ def test_generate_equals_a_naive_loop(pico_models: dict[str, LanguageModel], fam
         assert result == GenerateResult(text, stopped)
 
 
-@pytest.mark.parametrize("family", PICO_CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_match_equals_decoding_the_answer(
     fresh_pico: Callable[..., LanguageModel], family: str
 ) -> None:

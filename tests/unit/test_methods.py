@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,18 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from cases import FAMILIES
 from keepshot.errors import ConfigError, ModelError, TrainingError
-from keepshot.models.adapter import check_base
 from keepshot.models.anatomy import anatomy
+from keepshot.models.bases import check_base
 from keepshot.models.checkpoint import TensorReader
 from keepshot.models.loading import LanguageModel
 from keepshot.prompts import Example
 from keepshot.tuning.methods import detach_, export, prepare, seeded
 from keepshot.tuning.recipe import Full, LoRA, Recipe, ValueOnly
 from keepshot.tuning.train import train
-from pico import PICO_CONFIGS
 
-FAMILIES = sorted(PICO_CONFIGS)
 EXAMPLES = [Example(word, word[0].upper()) for word in ("apple", "berry", "cherry", "date")]
 IDS = torch.arange(3, 40).reshape(1, -1)
 Build = Callable[..., LanguageModel]
@@ -191,3 +192,19 @@ def test_seeding_leaves_the_callers_randomness_alone():
         torch.rand(5)
     assert torch.equal(first, expected[0])
     assert torch.equal(torch.rand(2), expected[1])
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+@pytest.mark.parametrize("method", [Full(), LoRA(rank=2)], ids=lambda method: method.name)
+def test_what_is_written_follows_the_umask(
+    method: Full | LoRA, umask: int, mode: int, fresh_pico: Build, tmp_path: Path
+):
+    """The weights used to be 0600, as safetensors creates them, beside files of 0644."""
+    model = fresh_pico("llama")
+    before = os.umask(umask)
+    try:
+        place = export(prepare(method, model.module, 0), model, tmp_path)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in place.iterdir()} == {mode}
+    assert stat.S_IMODE(place.stat().st_mode) == mode | (mode & 0o444) >> 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from keepshot.records import ItemResult
@@ -38,6 +40,24 @@ def test_retention_is_against_the_first_arm_and_the_target_is_left_out() -> None
     assert rows[1].num_items == 20
     low, high = rows[1].retention_ci95 or (0, 0)
     assert 0.0 <= low < 0.25 < high < 0.6
+
+
+def test_changed_counts_answers_that_are_not_the_first_arm_s_right_or_wrong() -> None:
+    before = arm("before", 10, 5)
+    after = [
+        row(
+            "plain", item.task, int(item.item), item.correct, shots=item.shots, choices=item.choices
+        )
+        for item in before
+    ]
+    moved = [
+        replace(item, answer="b") if item.task == "words" and int(item.item) < 5 else item
+        for item in after
+    ]
+    rows = summarise(before + moved, target="target")
+    assert [(r.changed, r.retention) for r in rows] == [(0.0, 1.0), (0.25, 1.0)]
+    low, high = rows[1].changed_ci95 or (0, 0)
+    assert 0.02 < low < 0.25 < high < 0.5
 
 
 def test_icl_gain_is_against_zero_shots() -> None:

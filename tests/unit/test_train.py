@@ -21,7 +21,7 @@ from keepshot.tasks.task import Task
 from keepshot.tuning import loop
 from keepshot.tuning.anchors import AnchorKL, cache_teacher, draw_prompts
 from keepshot.tuning.batch import pad, read_logits
-from keepshot.tuning.recipe import KL, Full, LoRA, Mix, Recipe, Term, ValueOnly
+from keepshot.tuning.recipe import KL, Full, LoRA, Mix, Recipe
 from keepshot.tuning.terms import kl_divergence
 from keepshot.tuning.train import Extra, TuneRecord, train
 
@@ -65,14 +65,6 @@ def divergence(model: LanguageModel, untuned: LanguageModel, term: KL, seed: int
     return kl_divergence(student, teacher, everywhere, "forward").item()
 
 
-@pytest.mark.parametrize("method", [Full(), LoRA(rank=4), ValueOnly()], ids=lambda m: m.name)
-def test_the_loss_falls(method: Any, fresh_pico: Build):
-    record = tune(fresh_pico("llama"), method=method, steps=25)
-    first, last = record.losses[0], record.losses[-1]
-    assert last["loss"] < 0.75 * first["loss"]
-    assert [row["step"] for row in record.losses] == list(range(1, 26))
-
-
 def test_the_first_loss_is_the_mean_over_answer_tokens(fresh_pico: Build):
     model = fresh_pico("llama")
     expected: list[float] = []
@@ -84,20 +76,6 @@ def test_the_first_loss_is_the_mean_over_answer_tokens(fresh_pico: Build):
         expected += (-chosen).tolist()
     record = tune(model, batch_size=len(EXAMPLES), steps=1)
     assert record.losses[0]["loss"] == pytest.approx(sum(expected) / len(expected), abs=1e-4)
-
-
-@pytest.mark.parametrize("keep", [(), (KL(prompts=8), Mix())], ids=["plain", "kept"])
-@pytest.mark.parametrize("method", [Full(), LoRA(rank=2)], ids=lambda m: m.name)
-def test_the_same_seed_gives_the_same_bits(method: Any, keep: tuple[Term, ...], fresh_pico: Build):
-    models = [fresh_pico("llama"), fresh_pico("llama"), fresh_pico("llama")]
-    torch.manual_seed(1)
-    first = tune(models[0], method=method, keep=keep, steps=4)
-    torch.manual_seed(2)
-    again = tune(models[1], method=method, keep=keep, steps=4)
-    tune(models[2], method=method, keep=keep, steps=4, seed=1)
-    assert first.losses == again.losses
-    assert equal(weights(models[0]), weights(models[1]))
-    assert not equal(weights(models[0]), weights(models[2]))
 
 
 @pytest.mark.parametrize("method", [Full(), LoRA(rank=4)], ids=lambda m: m.name)
@@ -188,32 +166,6 @@ def test_weights_broken_by_the_last_step_are_noticed(
     with pytest.raises(TrainingError, match=r"not a number after step 1; no step is kept"):
         tune(model, steps=1, keep=(KL(prompts=8),))
     assert equal(weights(model), before)
-
-
-@pytest.mark.parametrize(
-    "method", [Full(), LoRA(rank=2), ValueOnly()], ids=lambda method: method.name
-)
-def test_a_run_that_was_killed_resumes_to_the_same_bits(
-    method: Any, fresh_pico: Build, tmp_path: Path
-):
-    settings = recipe(method=method, keep=(KL(prompts=8),), steps=9, save_every=3)
-    whole, broken, resumed = (fresh_pico("gpt_neox") for _ in range(3))
-    expected = train(settings, whole, EXAMPLES, None, anchors=[ANCHOR])
-    state_dir = tmp_path / "state"
-
-    class Stopping(Silent):
-        def update(self, done: int, total: int, detail: str = "") -> None:
-            if done == 8:
-                raise KeyboardInterrupt
-
-    extra = Extra(state_dir=state_dir)
-    with pytest.raises(KeyboardInterrupt):
-        train(settings, broken, EXAMPLES, None, anchors=[ANCHOR], progress=Stopping(), extra=extra)
-    assert [path.name for path in state_dir.glob("checkpoint-*")] == ["checkpoint-6"]
-    record = train(settings, resumed, EXAMPLES, None, anchors=[ANCHOR], extra=extra)
-    assert record.losses == expected.losses
-    assert equal(weights(resumed), weights(whole))
-    assert not state_dir.exists()
 
 
 def test_states_of_another_recipe_are_not_taken_up(fresh_pico: Build, tmp_path: Path):

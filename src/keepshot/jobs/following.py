@@ -14,6 +14,7 @@ from keepshot.models.loading import LanguageModel
 from keepshot.progress import Progress
 from keepshot.records import InstructionRow, InstructionScore, Split
 from keepshot.scoring.engine import Engine
+from keepshot.scoring.processes import ALONE, Processes
 
 
 class Follower:
@@ -25,6 +26,8 @@ class Follower:
         store: AssetStore,
         workspace: Workspace | None,
         progress: Progress,
+        *,
+        processes: Processes = ALONE,
     ) -> None:
         """Read the prompts, so that a fault in them shows before a model is loaded.
 
@@ -35,9 +38,21 @@ class Follower:
         self.chat: LanguageModel | None = None
         """Whose chat template all are asked in; None: each model's own."""
         self._spec, self._workspace, self._progress = spec, workspace, progress
+        self._processes = processes
         self._examiner = (
             Examiner(load_set(spec.prompts), spec.answers, spec.judged, store) if spec else None
         )
+
+    def check(self, model: LanguageModel, *splits: Split) -> None:
+        """Check that every prompt leaves room for an answer, without asking anything.
+
+        Raises:
+            UserError: naming the prompt that does not, or why it cannot be put.
+        """
+        if self._examiner is None or self._spec is None:
+            return
+        for split in splits or (None,):
+            self._examiner.check(self.chat or model, split=split, limit=self._spec.limit)
 
     def follow(
         self,
@@ -62,8 +77,10 @@ class Follower:
         if self._examiner is None or self._spec is None:
             return
         path = self._workspace.part(f"{part}.parquet") if self._workspace else None
-        if path and path.exists():
-            self.rows += [replace(row, arm=arm) for row in records.read_instructions(path)]
+        there = records.read_instructions(path) if path and path.exists() else None
+        kept = self._processes.of_first(there)
+        if kept is not None:
+            self.rows += [replace(row, arm=arm) for row in kept]
             return
         live = model if isinstance(model, LanguageModel) else model()
         where = "" if lam is None else f" at lambda {lam:g}"

@@ -8,17 +8,20 @@ from dataclasses import dataclass, replace
 from keepshot import records
 from keepshot.assets import AssetStore
 from keepshot.errors import ConfigError, unknown
+from keepshot.harness.tasks import harness_tasks, split_names
 from keepshot.jobs.following import Follower
 from keepshot.jobs.specs import MeasureSpec, Measuring
 from keepshot.jobs.workspace import Workspace
-from keepshot.models.loading import LanguageModel, load
+from keepshot.models.loading import LanguageModel, load, outline
 from keepshot.models.reference import parse_reference
 from keepshot.progress import Progress
 from keepshot.prompts import TEMPLATES
 from keepshot.records import Cost, ItemResult, ModelRecord, ResultDocument, Split
 from keepshot.scoring.engine import Engine
-from keepshot.scoring.evaluate import Plan, ask, measure
+from keepshot.scoring.evaluate import Plan, ask, check_prompts, measure
+from keepshot.scoring.processes import ALONE, Processes
 from keepshot.scoring.request import tokens_to_read
+from keepshot.scoring.server import ServedEngine, Server
 from keepshot.scoring.summary import scores, summarise
 from keepshot.tasks.catalog import resolve_tasks
 from keepshot.tasks.task import Task
@@ -33,7 +36,13 @@ class Measured:
 
 
 def measure_models(
-    spec: MeasureSpec, store: AssetStore, workspace: Workspace | None, progress: Progress
+    spec: MeasureSpec,
+    store: AssetStore,
+    workspace: Workspace | None,
+    progress: Progress,
+    *,
+    processes: Processes = ALONE,
+    share: bool = True,
 ) -> Measured:
     """Measure every model of `spec` on the same questions, paired.
 
@@ -42,10 +51,18 @@ def measure_models(
         store: where assets are cached.
         workspace: where to keep finished models' rows and the result; None keeps nothing.
         progress: told of stages.
+        processes: those that share the work; all but the first come without a workspace.
+        share: compute shared beginnings once (else: the slow reference).
 
     Raises:
         UserError: before any model is loaded, wherever the fault can be seen by then.
     """
+    server = Server(spec.server, spec.server_model) if spec.server else None
+    if server and (len(spec.models) > 1 or processes.size > 1):
+        raise ConfigError(
+            f"--server {server.url!r} serves one model to one process; name one model, and start "
+            "without torchrun"
+        )
     for index, reference in enumerate(spec.models):
         parse_reference(reference)
         if reference in spec.models[:index]:
@@ -53,29 +70,39 @@ def measure_models(
     progress.stage("reading tasks")
     tasks = read_tasks(spec, store)
     plan = plan_for(spec, tasks, first_seed=spec.seed)
-    follower = Follower(spec.following, store, workspace, progress)
+    follower = Follower(spec.following, store, workspace, progress, processes=processes)
+    for reference in spec.models[1:]:
+        # The first is loaded next; the others would be found wanting only after hours.
+        progress.stage(f"{reference}: checking")
+        light = outline(reference, store, trust_remote_code=spec.trust_remote_code)
+        check_prompts(light, plan)
+        follower.check(light)
     items: list[ItemResult] = []
     models: list[ModelRecord] = []
     if workspace:
         workspace.begin()
-    ledger = Ledger(workspace, progress)
+    ledger = Ledger(workspace, progress, processes=processes, server=server, share=share)
+    device = spec.device
+    if device == "cuda" and processes.size > 1:
+        device = f"cuda:{processes.local_rank}"
     for number, reference in enumerate(spec.models):
         progress.stage(f"{reference}: loading")
         model = load(
             reference,
             store,
-            device=spec.device,
+            device=device,
             dtype=spec.dtype,
             trust_remote_code=spec.trust_remote_code,
         )
-        models.append(model_record(model))
         items += ledger.measured(str(number), model, [plan], arm=reference)
         follower.follow(f"{number}-instructions", model, arm=reference, engine=ledger.engine)
+        record = model_record(model)
+        models.append(record.model_copy(update={"sharing": ledger.sharing_of(model)}))
     document = ResultDocument(
         models=models,
         scores=scores(items, {task.name: task.version for task in tasks}),
         summary=summarise(items),
-        cost=ledger.cost,
+        cost=ledger.cost.model_copy(update={"processes": processes.size}),
         instructions=follower.scores(),
     )
     if workspace:
@@ -98,12 +125,13 @@ def read_tasks(
         ConfigError: if there is no such template.
         TaskError: if a task does not exist, or has fewer demonstrations than shots.
     """
-    tasks = resolve_tasks(
-        measuring.tasks,
-        store,
-        shots=max(measuring.shots),
-        validation_share=0.5 if validation else 0.0,
-    )
+    shots, share = max(measuring.shots), 0.5 if validation else 0.0
+    own, theirs = split_names(measuring.tasks)
+    tasks: list[Task] = []
+    if own or not theirs:
+        tasks += resolve_tasks(own, store, shots=shots, validation_share=share)
+    if theirs:
+        tasks += harness_tasks(theirs, shots=shots, validation_share=share)
     check_shots(tasks, measuring.shots)
     if measuring.template is None:
         return tuple(tasks)
@@ -173,9 +201,19 @@ def check_shots(tasks: Sequence[Task], shots: Sequence[int]) -> None:
 class Ledger:
     """Measures arms, keeps their rows in the workspace, and adds up what it cost."""
 
-    def __init__(self, workspace: Workspace | None, progress: Progress) -> None:
+    def __init__(
+        self,
+        workspace: Workspace | None,
+        progress: Progress,
+        *,
+        processes: Processes = ALONE,
+        server: Server | None = None,
+        share: bool = True,
+    ) -> None:
+        self._share = share
         self.cost = Cost()
         self._workspace, self._progress = workspace, progress
+        self._processes, self._server = processes, server
         self._engine: Engine | None = None
 
     def measured(
@@ -197,8 +235,10 @@ class Ledger:
             lam: lambda in the rows.
         """
         path = self._workspace.part(f"{part}.parquet") if self._workspace else None
-        if path and path.exists():
-            return [replace(row, arm=arm) for row in records.read_items(path)]
+        there = records.read_items(path) if path and path.exists() else None
+        kept = self._processes.of_first(there)
+        if kept is not None:
+            return [replace(row, arm=arm) for row in kept]
         live = model if isinstance(model, LanguageModel) else model()
         rows: list[ItemResult] = []
         for plan in plans:
@@ -218,10 +258,19 @@ class Ledger:
             records.write_items(rows, path)
         return rows
 
+    def sharing_of(self, model: LanguageModel) -> str | None:
+        """Return how far requests about `model` could share; None if none was asked now."""
+        engine = self._engine
+        return engine.sharing if engine is not None and engine.model is model else None
+
     def engine(self, model: LanguageModel) -> Engine:
         """Return an engine, the same one along a path: its start-up trial takes a second."""
         if self._engine is None or self._engine.model is not model:
-            self._engine = Engine(model)
+            if self._server is None:
+                self._engine = Engine(model, share=self._share, processes=self._processes)
+            else:
+                part = self._workspace.part("served.jsonl") if self._workspace else None
+                self._engine = ServedEngine(model, self._server, kept=part)
         return self._engine
 
 

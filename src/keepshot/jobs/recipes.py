@@ -10,6 +10,7 @@ from typing import Any
 from keepshot.errors import ConfigError
 from keepshot.jobs.specs import BlendSpec, JudgeSpec, MeasureSpec, RunSpec, TuneSpec
 from keepshot.specs import apply_overrides, read_yaml
+from keepshot.theory.document import TheorySpec
 from keepshot.tuning.recipe import KL, Full, LoRA, Mix, Recipe, ValueOnly, auto
 
 
@@ -59,13 +60,28 @@ def judge_spec(given: Mapping[str, Any], overrides: Sequence[str]) -> JudgeSpec:
     return spec
 
 
-def blend_spec(given: Mapping[str, Any], overrides: Sequence[str]) -> BlendSpec:
-    """Return the spec of `keepshot blend`.
+def blend_spec(
+    recipe: Path | None, given: Mapping[str, Any], overrides: Sequence[str]
+) -> BlendSpec:
+    """Return the spec of `keepshot blend`: a recipe file if there is one, then options, `--set`.
 
     Raises:
-        ConfigError: if an option or override does not fit.
+        ConfigError: if the file, an option or an override does not fit.
     """
-    return BlendSpec.from_mapping(apply_overrides(dict(given), overrides), source="blend")
+    if recipe is not None and recipe.suffix not in (".yaml", ".yml"):
+        raise ConfigError(
+            f"blend {str(recipe)!r}: expected BASE and TUNED, or a recipe (a .yaml file)"
+        )
+    content = {**(read_yaml(recipe) if recipe else {}), **given}
+    # One lambda on the command line takes the place of a recipe's path, and the other way round.
+    for one, other in (("lam", "sweep"), ("sweep", "lam")):
+        if one in given and other not in given:
+            content.pop(other, None)
+    # Nothing is loaded to write one lambda: its type can only mean that of what is written.
+    if content.get("lam") is not None and "dtype" in given:
+        content.setdefault("write_dtype", given["dtype"])
+    source = recipe.name if recipe else "blend"
+    return BlendSpec.from_mapping(apply_overrides(content, overrides), source=source)
 
 
 def tune_spec(
@@ -103,6 +119,15 @@ def tune_spec(
     source = recipe.name if recipe else "tune"
     tuned = Recipe.from_mapping(apply_overrides(content, overrides), source=source)
     return TuneSpec.from_mapping({"recipe": tuned, **where}, source=source)
+
+
+def theory_spec(given: Mapping[str, Any], overrides: Sequence[str]) -> TheorySpec:
+    """Return the spec of `keepshot theory`.
+
+    Raises:
+        ConfigError: if an option or override does not fit.
+    """
+    return TheorySpec.from_mapping(apply_overrides(dict(given), overrides), source="theory")
 
 
 def describe() -> list[dict[str, str]]:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from keepshot import records
 from keepshot.assets import AssetStore
-from keepshot.blending.pick import check_rule, parse_rule, pick
+from keepshot.blending.pick import check_rule, parse_rule, pick, with_interval
+from keepshot.blending.planning import Writing
 from keepshot.blending.sweep import sweep
 from keepshot.blending.write import write
 from keepshot.errors import ConfigError
@@ -24,7 +25,7 @@ from keepshot.jobs.following import Follower
 from keepshot.jobs.measure import Ledger, Measured, model_record, read_tasks
 from keepshot.jobs.specs import ARMS, BlendArm, Measuring, RunSpec, TunedArm
 from keepshot.jobs.target import load_target
-from keepshot.jobs.tune import anchor_tasks, general_rows
+from keepshot.jobs.tune import anchor_tasks, general_rows, naming_what_is_kept
 from keepshot.jobs.workspace import Workspace
 from keepshot.models.identity import directory_sha256
 from keepshot.models.loading import LanguageModel, load
@@ -38,10 +39,10 @@ from keepshot.records import (
     ResultDocument,
     TrainingRecord,
 )
-from keepshot.scoring.evaluate import Plan
-from keepshot.scoring.summary import path_points, scores, summarise
+from keepshot.scoring.evaluate import Plan, check_prompts
+from keepshot.scoring.summary import path_points, resample_path, scores, summarise
 from keepshot.tasks.catalog import SUITES
-from keepshot.tuning.train import Extra, train
+from keepshot.tuning.train import Extra, tokenise, train
 
 
 def run(spec: RunSpec, store: AssetStore, workspace: Workspace, progress: Progress) -> Measured:
@@ -81,6 +82,11 @@ class _Run:
         self.target = load_target(spec.data, store)
         self.tasks = read_tasks(spec.measure, store, validation=spec.blended is not None)
         self._check_separation()
+        self.anchors = {arm: anchor_tasks(recipe, store) for arm, recipe in spec.arms.items()}
+        self.extra = {
+            arm: Extra(template=self.target.template, general=general_rows(recipe))
+            for arm, recipe in spec.arms.items()
+        }
         self.items: list[ItemResult] = []
         self.models: list[ModelRecord] = []
         self.training: list[TrainingRecord] = []
@@ -106,7 +112,13 @@ class _Run:
 
     def measure_before(self) -> None:
         """Measure the model as it is, on test items."""
-        self._measure("before", lambda: self._load("before", self.spec.model))
+
+        def checked() -> LanguageModel:
+            model = self._load("before", self.spec.model)
+            self._check_lengths(model)
+            return model
+
+        self._measure("before", checked)
 
     def tune(self, arm: TunedArm) -> None:
         """Train one arm from the untouched model, write it, and measure it on test items."""
@@ -119,15 +131,16 @@ class _Run:
                 return self._load(arm, str(trained_dir))
             model = self._load(arm, self.spec.model)
             self.progress.stage(f"{arm}: tuning")
-            record = train(
-                recipe,
-                model,
-                self.target.train,
-                trained_dir,
-                anchors=anchor_tasks(recipe, self.store),
-                progress=self.progress,
-                extra=Extra(template=self.target.template, general=general_rows(recipe)),
-            )
+            with naming_what_is_kept(arm, trained_dir):
+                record = train(
+                    recipe,
+                    model,
+                    self.target.train,
+                    trained_dir,
+                    anchors=self.anchors[arm],
+                    progress=self.progress,
+                    extra=self.extra[arm],
+                )
             records.write_text(record.training_record(arm).model_dump_json(), record_path)
             return replace(model, path=trained_dir)
 
@@ -138,13 +151,7 @@ class _Run:
         """Measure plain's path on validation items, pick lambda, write and measure the blend."""
         base = self._load("blended", self.spec.model)
         plain = self._load("blended", str(self.workspace.part("plain")))
-        measuring = Measuring(
-            tasks=self.spec.measure.tasks,
-            shots=(max(self.spec.measure.shots),),
-            seeds=arm.seeds,
-            limit=arm.limit,
-        )
-        plans = self._questions(measuring).plans("validation")
+        plans = self._path_questions(arm).plans("validation")
         rows = dict(
             sweep(
                 base,
@@ -154,15 +161,19 @@ class _Run:
             )
         )
         self.path = path_points(rows, rows[0.0], target=self.target.name, split="validation")
-        self.picked = pick(self.path, parse_rule(arm.pick))
+        rule = parse_rule(arm.pick)
+        self.picked = with_interval(
+            pick(self.path, rule), self.path, resample_path(rows, target=self.target.name), rule
+        )
         lam = self.picked.lam
         if lam is None:
             self.progress.note(f"blended: {self.picked.reason}")
             return
         blended_dir = self.workspace.path / "model"
-        if not (blended_dir / "blend.json").exists():
+        if not (blended_dir / "keepshot.json").exists():
             self.progress.stage(f"blended: writing lambda {lam:g}")
-            write(base.path, plain.path, lam, blended_dir)
+            how = Writing(names=(self.spec.model, self._name("plain")))
+            write(base.path, plain.path, lam, blended_dir, how)
         self._measure("blended", lambda: self._load("blended", str(blended_dir)), lam=lam)
 
     # -- parts -----------------------------------------------------------------------------
@@ -177,6 +188,33 @@ class _Run:
             dtype=self.spec.dtype,
             trust_remote_code=self.spec.trust_remote_code,
         )
+
+    def _check_lengths(self, model: LanguageModel) -> None:
+        """Check every prompt and row of the whole run, before the first hour is spent on it."""
+        self.progress.stage("checking lengths")
+        plans = self._questions(self.spec.measure).plans("test")
+        if self.spec.blended:
+            plans += self._path_questions(self.spec.blended).plans("validation")
+        for plan in plans:
+            check_prompts(model, plan)
+        self.follower.check(model, "validation", "test")
+        for arm, recipe in self.spec.arms.items():
+            tokenise(
+                recipe,
+                model,
+                self.target.train,
+                anchors=self.anchors[arm],
+                extra=self.extra[arm],
+            )
+
+    def _path_questions(self, arm: BlendArm) -> Questions:
+        measuring = Measuring(
+            tasks=self.spec.measure.tasks,
+            shots=(max(self.spec.measure.shots),),
+            seeds=arm.seeds,
+            limit=arm.limit,
+        )
+        return self._questions(measuring)
 
     def _questions(self, measuring: Measuring) -> Questions:
         return Questions(self.target, self.tasks, measuring, self.spec.seed)
@@ -228,9 +266,12 @@ class _Run:
         written = next((path for path in inner if path.exists()), model.path)
         return replace(
             model,
-            reference=f"{self.spec.model}, {arm}",
+            reference=self._name(arm),
             sha256=directory_sha256(written, self.store),
         )
+
+    def _name(self, arm: str) -> str:
+        return f"{self.spec.model}, {arm}"
 
     def _say(self, arm: str) -> None:
         rows = summarise(self.items, target=self.target.name)

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from keepshot.blending.rules import LambdaMap
 from keepshot.errors import ConfigError
 from keepshot.judging.policy import Policy
 from keepshot.specs import Spec
@@ -72,6 +73,10 @@ class MeasureSpec(Measuring, Where):
 
     models: tuple[str, ...] = Field(min_length=1)
     """Model references; retention is against the first."""
+    server: str | None = None
+    """OpenAI-compatible server that generates in the model's place."""
+    server_model: str | None = None
+    """The model's name on the server; left out, its only one."""
 
 
 class JudgeSpec(Where):
@@ -121,10 +126,12 @@ class BlendSpec(Where):
     """The model before tuning."""
     tuned: str
     """The tuned model, or an adapter."""
-    lam: float | None = None
+    lam: float | None = Field(default=None, allow_inf_nan=False)
     """The lambda to write; left out, the one that `pick` chooses on the path."""
     sweep: tuple[float, ...] | None = None
     """Lambdas to measure."""
+    resolution: float | None = Field(default=None, gt=0.0)
+    """Measure on around the pick until its neighbours are no further away than this."""
     target: str | None = None
     """Examples file or task that the tuning was for."""
     pick: str = "keep-target:0.9"
@@ -139,6 +146,22 @@ class BlendSpec(Where):
     """Items per task and split at most."""
     following: Following | None = None
     """Verifiable instructions at every point of the path and on the arms; none if left out."""
+    write_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the weights written; what the inputs have if not given."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Rounding to 16 bits; stochastic rounding (by `seed`) keeps small changes in the mean."""
+    settings_from: Literal["tuned", "base"] = "tuned"
+    """Whose tokenizer, chat template and generation settings are written."""
+    one_sided: Literal["refuse", "carry"] = "refuse"
+    """What becomes of tensors that one model alone has: carried are those of the tuned one."""
+    second: str | None = None
+    """A further model tuned from the same base (RE-Adapt); `lam` counts for the first."""
+    beta: float = Field(default=1.0, allow_inf_nan=False)
+    """How much of the further model's difference is added."""
+    rule: LambdaMap | None = None
+    """Factors on lambda by block or kind of module; 1 for what the rule does not name."""
+    check: bool = True
+    """Hash all files, load what was written and let it generate."""
 
     @model_validator(mode="after")
     def _check_lambda(self) -> Self:
@@ -146,6 +169,8 @@ class BlendSpec(Where):
             raise ValueError(
                 "give either --lambda, to write one point, or --sweep, to measure many"
             )
+        if self.second is not None and self.sweep is not None:
+            raise ValueError("`second` can be added at one --lambda, not along a --sweep")
         return self
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from keepshot import records
 from keepshot.assets import AssetStore
+from keepshot.errors import TrainingError
 from keepshot.jobs.measure import model_record
 from keepshot.jobs.specs import TuneSpec
 from keepshot.jobs.target import load_target
@@ -53,16 +55,17 @@ def tune(
     )
     untuned = model_record(model)
     progress.stage("tuning")
-    record = train(
-        recipe,
-        model,
-        rows,
-        workspace.path,
-        anchors=anchors,
-        validation=validation,
-        progress=progress,
-        extra=extra,
-    )
+    with naming_what_is_kept(None, workspace.path):
+        record = train(
+            recipe,
+            model,
+            rows,
+            workspace.path,
+            anchors=anchors,
+            validation=validation,
+            progress=progress,
+            extra=extra,
+        )
     document = ResultDocument(
         models=[untuned],
         scores=[],
@@ -72,6 +75,17 @@ def tune(
         notes=[_words(record)],
     )
     return workspace.finish(document, [])
+
+
+@contextmanager
+def naming_what_is_kept(arm: str | None, out_dir: Path) -> Generator[None]:
+    """Add to a TrainingError which arm it is of, and where the last good state was written."""
+    try:
+        yield
+    except TrainingError as error:
+        written = [out_dir / kind for kind in ("adapter", "model") if (out_dir / kind).exists()]
+        place = f"\nthe last good state lies in {written[0]}" if written else ""
+        raise TrainingError(f"{f'{arm}: ' if arm else ''}{error}{place}") from error
 
 
 def anchor_tasks(recipe: Recipe, store: AssetStore) -> list[Task]:

@@ -1,11 +1,13 @@
 """A run directory from claim to finish: resumable while unfinished, complete once it has its name.
 
 Work goes on in `.NAME.unfinished` beside the final place. It carries the fingerprint of what was
-asked, so that an interrupted job picks up its finished parts, and a different one never does.
+asked, so that an interrupted job picks up its finished parts, and a different one never does. Where
+nothing was finished, nothing is left.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -14,30 +16,40 @@ import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import yaml
 
 from keepshot import __version__, records
-from keepshot.errors import OutputError
+from keepshot.errors import OutputError, UserError, is_full_disk
 from keepshot.records import InstructionRow, ItemResult, ResultDocument
 from keepshot.report import write_report
 from keepshot.specs import Spec
 
+FINISHED_PARTS = ("*.parquet", "tuning.json", "keepshot.json", "trainer_state.json")
+"""Files whose presence means that there is something to go on from."""
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scipy")
 
 
-def free_name(parent: Path, name: str) -> Path:
-    """Return `parent/name`, or `parent/name-2` and so on where a finished run has that name."""
+def free_name(parent: Path, name: str, record: str = "results.json") -> Path:
+    """Return `parent/name`, or `parent/name-2` and so on where a finished run has that name.
+
+    Args:
+        parent: directory of runs.
+        name: the first name tried.
+        record: the file whose presence means that a run is finished.
+    """
     candidate = parent / name
     number = 1
-    while (candidate / "results.json").exists():
+    while (candidate / record).exists():
         number += 1
         candidate = parent / f"{name}-{number}"
     return candidate
 
 
 class Workspace:
-    """The unfinished directory of one job."""
+    """The unfinished directory of one job; leaving its block with an error tidies it up."""
 
     def __init__(self, out_dir: Path, spec: Spec, *, overwrite: bool = False) -> None:
         """Claim `out_dir`, resuming unfinished work of the same spec.
@@ -50,6 +62,7 @@ class Workspace:
         records.claim(self.out_dir, overwrite=overwrite)
         self.path = self.out_dir.parent / f".{self.out_dir.name}.unfinished"
         self._spec = spec
+        self._made = [parent for parent in self.path.parents if not parent.exists()]
         self._mark = self.path / "fingerprint"
         self._wanted = f"{type(spec).__name__} {spec.fingerprint()} keepshot {__version__}"
         if self._mark.exists() and not overwrite and not self._is_ours():
@@ -67,6 +80,28 @@ class Workspace:
         )
         records.write_text(text, self.path / "spec.yaml")
         records.write_text(self._wanted, self._mark)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            return
+        if not any(any(self.path.rglob(pattern)) for pattern in FINISHED_PARTS):
+            shutil.rmtree(self.path, ignore_errors=True)
+            for parent in self._made:
+                with contextlib.suppress(OSError):  # something else lies there by now
+                    parent.rmdir()
+        if is_full_disk(error) and not isinstance(error, UserError):
+            raise OutputError(
+                f"{self.out_dir}: the disk is full; free some space and start again, which goes on "
+                "from what is finished, or choose another --out"
+            ) from error
 
     def _is_ours(self) -> bool:
         return self._mark.exists() and self._mark.read_text("utf-8") == self._wanted

@@ -59,6 +59,16 @@ def answer_prompts(
     return answers
 
 
+def check_prompts(model: LanguageModel, prompts: Sequence[str], policy: Policy) -> None:
+    """Check that every prompt can be put to `model`, without asking anything.
+
+    Raises:
+        UserError: as `answer_prompts` does.
+    """
+    for prompt in prompts:
+        _request(model, prompt, policy)
+
+
 def style_of(model: LanguageModel, policy: Policy) -> Literal["chat", "raw"]:
     """Return the style that `policy` comes to for `model`."""
     if policy.style == "auto":

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from keepshot.assets import AssetStore
-from keepshot.judging.answers import answer_prompts, style_of
+from keepshot.judging.answers import answer_prompts, check_prompts, style_of
 from keepshot.judging.policy import Policy
 from keepshot.judging.verifiable.sentences import Punkt
 from keepshot.judging.verifiable.verdict import NEEDS_PUNKT, Variant, judge
@@ -41,6 +41,13 @@ class Examiner:
         self.variant: Variant = variant
         needed = variant == "official" and not NEEDS_PUNKT.isdisjoint(types_of(asked.prompts))
         self._punkt = Punkt.fetch(store) if needed else None
+
+    def check(
+        self, model: LanguageModel, *, split: Split | None = None, limit: int | None = None
+    ) -> None:
+        """Check that `model` can be asked every prompt; see `check_prompts`."""
+        prompts = self.asked.part(split, limit).prompts
+        check_prompts(model, [prompt.prompt for prompt in prompts], self.policy)
 
     def examine(
         self,

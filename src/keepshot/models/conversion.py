@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from keepshot.assets import AssetStore
+from keepshot.assets import AssetStore, mending_write_errors
 from keepshot.errors import ModelError
 from keepshot.models.identity import file_sha256
 from keepshot.models.reference import (
@@ -101,7 +101,10 @@ def converted_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 def _convert_once(
     source: Path, target: Path, model: EmbeddedModel | None, store: AssetStore
 ) -> Path:
-    with store.lock("converted", target.name, f"convert {source.name}"):
+    with (
+        mending_write_errors(store.root),
+        store.lock("converted", target.name, f"convert {source.name}"),
+    ):
         if is_converted(target):
             return target
         for leftover in target.parent.glob(f".{target.name}.*.partial"):
@@ -176,11 +179,19 @@ def _mark(folder: Path, source: Path, model: EmbeddedModel | None) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Generator[None]:
-    """Keep transformers' own progress bars off the screen, and put the setting back."""
-    shown = transformers_logging.is_progress_bar_enabled()
+    """Keep transformers' own bars and reports off the screen, and put the settings back.
+
+    What its reports tell (weights that are missing) is checked and said by `loading`.
+    """
+    shown, verbosity = (
+        transformers_logging.is_progress_bar_enabled(),
+        transformers_logging.get_verbosity(),
+    )
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if shown:
             transformers_logging.enable_progress_bar()

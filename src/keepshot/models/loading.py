@@ -6,8 +6,9 @@ tasks or training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, assert_never
@@ -16,6 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -25,7 +27,8 @@ from transformers import (
 
 from keepshot.assets import AssetStore
 from keepshot.errors import ModelError, unknown
-from keepshot.models.adapter import check_base, merge_adapter
+from keepshot.models.adapter import merge_adapter
+from keepshot.models.bases import check_base
 from keepshot.models.checkpoint import TensorReader
 from keepshot.models.conversion import (
     convert,
@@ -56,6 +59,7 @@ DTYPES = {
 }
 CONTEXT_LENGTH_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+ModelFiles = Embedded | HubModel | LocalDirectory | GGUFFile
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -120,6 +124,10 @@ class LanguageModel:
         bos = list(self.bos_ids)
         return ids if ids[: len(bos)] == bos else bos + ids
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the token ids of `text` alone, without BOS or EOS."""
+        return self._tokenize(text, special=False)
+
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokenise context and continuation together and split them where the context ends.
 
@@ -177,9 +185,7 @@ def load(
     target = _check_device(str(device))
     if dtype not in DTYPES:
         raise ModelError(unknown("dtype", dtype, DTYPES, f"known: {', '.join(DTYPES)}"))
-    parsed = parse_reference(reference)
-    if isinstance(parsed, RunDirectory):
-        parsed = parsed.inner
+    parsed = _inner(parse_reference(reference))
     if isinstance(parsed, AdapterDirectory):
         return _load_adapter(
             parsed, store, device=target, dtype=dtype, trust_remote_code=trust_remote_code
@@ -190,8 +196,43 @@ def load(
     )
 
 
+def outline(reference: str, store: AssetStore, *, trust_remote_code: bool = False) -> LanguageModel:
+    """Load all of a model but its weights, to check what is asked of it before hours are spent.
+
+    It tokenises and knows its context length; its module holds no numbers. Every weight file that
+    `load` would read has its header checked.
+
+    Raises:
+        ModelError: as `load` does, for all that shows without the weights.
+        AssetError: if an embedded model cannot be had.
+    """
+    parsed = _inner(parse_reference(reference))
+    if isinstance(parsed, AdapterDirectory):
+        TensorReader(parsed.path)
+        base = outline(parsed.base, store, trust_remote_code=trust_remote_code)
+        check_base(parsed.path, base.sha256, base.reference)
+        return replace(base, reference=reference, path=parsed.path)
+    path = locate(parsed, store, trust_remote_code=trust_remote_code)
+    TensorReader(path)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    with _explained(reference, path):
+        config = AutoConfig.from_pretrained(path, local_files_only=True, **options)
+        with torch.device("meta"):
+            module: Any = AutoModelForCausalLM.from_config(config, **options)
+        tokenizer = _load_tokenizer(path, {"local_files_only": True, **options})
+    return LanguageModel(
+        reference=reference,
+        module=module,
+        tokenizer=tokenizer,
+        sha256=directory_sha256(path, store),
+        path=path,
+        num_parameters=module.num_parameters(),
+        dtype="float32",
+    )
+
+
 def locate(
-    reference: Embedded | HubModel | LocalDirectory | GGUFFile,
+    reference: ModelFiles,
     store: AssetStore,
     *,
     trust_remote_code: bool = False,
@@ -210,15 +251,45 @@ def locate(
             assert_never(reference)
 
 
-def save(model: LanguageModel, out_dir: Path) -> None:
+def own_dtype(reference: str, store: AssetStore, *, trust_remote_code: bool = False) -> str:
+    """Return the dtype that a model's config.json says its weights have; float32 if it does not.
+
+    Raises:
+        ModelError: if the reference leads nowhere.
+    """
+    parsed = parse_reference(reference)
+    if isinstance(parsed, RunDirectory):
+        parsed = parsed.inner
+    if isinstance(parsed, AdapterDirectory):
+        return own_dtype(parsed.base, store, trust_remote_code=trust_remote_code)
+    path = locate(parsed, store, trust_remote_code=trust_remote_code) / "config.json"
+    config: Any = read_json(path) if path.is_file() else {}
+    inner: Any = config.get("text_config") or {}
+    named = (c.get(key) for c in (config, inner) for key in ("dtype", "torch_dtype"))
+    return next((name for name in named if name in DTYPES), "float32")
+
+
+def save(model: LanguageModel, out_dir: Path, *, overwrite: bool = False) -> None:
     """Write the model and its tokenizer as a directory that transformers loads.
 
     Raises:
-        OutputError: if `out_dir` holds something already or cannot be written.
+        OutputError: if `out_dir` cannot be written, or holds something and is not to be replaced.
     """
-    with building_directory(out_dir) as folder, quiet_transformers():
+    with building_directory(out_dir, overwrite=overwrite) as folder, quiet_transformers():
         model.module.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
+
+
+def identify(reference: str, store: AssetStore) -> str:
+    """Return the sha256 that a model has once it is loaded, from its files alone."""
+    parsed = _inner(parse_reference(reference))
+    if isinstance(parsed, AdapterDirectory):
+        return joint_sha256(identify(parsed.base, store), directory_sha256(parsed.path, store))
+    return directory_sha256(locate(parsed, store), store)
+
+
+def _inner(reference: ModelReference) -> ModelFiles | AdapterDirectory:
+    return reference.inner if isinstance(reference, RunDirectory) else reference
 
 
 def _load_directory(
@@ -233,18 +304,15 @@ def _load_directory(
     refuse_pickles(path)
     TensorReader(path)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    with quiet_transformers():
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=DTYPES[dtype],
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
-            tokenizer = _load_tokenizer(path, options)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-            raise ModelError(_explain_transformers(reference, path, error)) from error
+    with _explained(reference, path):
+        tokenizer = _load_tokenizer(path, options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
     module, report = loaded
     _check_report(path, report)
     module.to(device).eval()
@@ -287,10 +355,12 @@ def _load_adapter(
     dtype: str,
     trust_remote_code: bool,
 ) -> LanguageModel:
+    # Before the base is read: the adapter's own file, and which base it belongs to.
+    TensorReader(adapter.path)
+    check_base(adapter.path, identify(adapter.base, store), adapter.base)
     base = load(
         adapter.base, store, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    check_base(adapter.path, base.sha256, base.reference)
     merged = merge_adapter(base.module, adapter.path, base.reference)
     return LanguageModel(
         reference=adapter.text,
@@ -345,12 +415,32 @@ def _download(reference: HubModel, *, trust_remote_code: bool) -> Path:
     return path
 
 
+@contextmanager
+def _explained(reference: str, path: Path) -> Generator[None]:
+    """Turn what transformers and tokenizers make of broken files into a ModelError."""
+    with quiet_transformers():
+        try:
+            yield
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise ModelError(_explain_transformers(reference, path, error)) from error
+        except Exception as error:
+            # tokenizers, written in Rust, has no other class for a file that it cannot read.
+            if type(error) is not Exception:
+                raise
+            raise ModelError(_explain_transformers(reference, path, error)) from error
+
+
 def _explain_transformers(reference: str, path: Path, error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if "trust_remote_code" in str(error):
         return (
             f"model {reference!r} brings its own code, which is not run unless you trust it; "
             "read it, then add --trust-remote-code"
+        )
+    if "backend tokenizer" in str(error):
+        return (
+            f"model {reference!r}: {path} holds no tokenizer.json that can be read; copy the "
+            "tokenizer's files there from the model that it was made of"
         )
     return f"model {reference!r}: {path} cannot be loaded: {lines[0][:300]}"
 
@@ -364,4 +454,14 @@ def _check_report(path: Path, report: Any) -> None:
             raise ModelError(f"{path}: tensor {names[0]} {problem}{more} for what config.json says")
 
 
-__all__ = ["LanguageModel", "ModelReference", "fetch_model", "load", "locate", "save"]
+__all__ = [
+    "LanguageModel",
+    "ModelReference",
+    "fetch_model",
+    "identify",
+    "load",
+    "locate",
+    "outline",
+    "own_dtype",
+    "save",
+]

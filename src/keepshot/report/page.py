@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from keepshot.errors import ConfigError
 from keepshot.records import ResultDocument, read_items, write_text
-from keepshot.report import figures, finding, svg, view, words
+from keepshot.report import along, figures, finding, flips, svg, view, words
 
 ANSWER_LIMIT, QUESTION_LIMIT = 160, 320
 
@@ -49,16 +49,16 @@ def write_report(run_dir: Path) -> Path:
     document = ResultDocument.read(run_dir)
     items_path = run_dir / "items.parquet"
     items = read_items(items_path) if items_path.exists() else []
-    environment = _flat(_read_json(run_dir / "environment.json"))
+    environment = flat(_read_json(run_dir / "environment.json"))
     drawn = [
-        _figure(name, title, charts, run_dir / "figures")
+        draw(name, title, charts, run_dir / "figures")
         for name, title, charts in _charts(document)
         if charts[0] is not None
     ]
     formats = view.format_means(document)
     spec_path = run_dir / "spec.yaml"
     page = (
-        _environment()
+        page_environment()
         .get_template("page.html")
         .render(
             document=document,
@@ -76,6 +76,7 @@ def write_report(run_dir: Path) -> Path:
             has_target=any(row.target is not None for row in document.summary),
             tasks=_task_table(document),
             changes=view.changes(document, items) if items else None,
+            flips=flips.flips(items),
             path=sorted(document.path, key=lambda point: (point.split, point.lam)),
             num_draws=max((row.num_draws for row in view.task_scores(document)), default=0),
             best=_best_on_path(document),
@@ -106,18 +107,24 @@ def compare(run_dirs: Sequence[Path], out_dir: Path) -> Path:
     charts = tuple(figures.runs_chart(documents, width) for width in ("wide", "narrow"))
     figure = None
     if charts[0] is not None:
-        figure = _figure("compare", title, charts, out_dir / "figures")
+        figure = draw("compare", title, charts, out_dir / "figures")
+    title = "Few-shot score along lambda, as a change against each tuned model"
+    charts = tuple(along.relative_chart(documents, width) for width in ("wide", "narrow"))
+    paths = None
+    if charts[0] is not None:
+        paths = draw("relative", title, charts, out_dir / "figures")
     measured_on = {
         name: (view.most_shots(document), frozenset(s.task for s in document.scores))
         for name, document in documents.items()
     }
     page = (
-        _environment()
+        page_environment()
         .get_template("compare.html")
         .render(
             runs={name: (document, view.arms(document)) for name, document in documents.items()},
             colors=figures.run_colors(list(documents)),
             figure=figure,
+            paths=paths,
             alike=len(set(measured_on.values())) == 1,
         )
     )
@@ -150,6 +157,19 @@ def _charts(document: ResultDocument) -> list[tuple[str, str, tuple[Any, Any]]]:
             (figures.tasks_chart(document, "wide"), figures.tasks_chart(document, "narrow")),
         ),
         (
+            "tasks-along",
+            f"Score of every task at {shots} shots along lambda",
+            (
+                along.tasks_along_chart(document, "wide"),
+                along.tasks_along_chart(document, "narrow"),
+            ),
+        ),
+        (
+            "conduct",
+            "Answers in the wrong format, labels of the target, and answer length along lambda",
+            (along.conduct_chart(document, "wide"), along.conduct_chart(document, "narrow")),
+        ),
+        (
             "training",
             "Losses over training steps, for every arm that was tuned",
             (figures.training_chart(document, "wide"), figures.training_chart(document, "narrow")),
@@ -157,7 +177,8 @@ def _charts(document: ResultDocument) -> list[tuple[str, str, tuple[Any, Any]]]:
     ]
 
 
-def _figure(name: str, title: str, charts: Sequence[Any], folder: Path) -> Figure:
+def draw(name: str, title: str, charts: Sequence[Any], folder: Path) -> Figure:
+    """Write a chart's wide and narrow SVG to `folder` and return them as they stand in a page."""
     wide, narrow = (svg.render(chart, title) for chart in charts)
     write_text(wide, folder / f"{name}.svg")
     write_text(narrow, folder / f"{name}-narrow.svg")
@@ -195,7 +216,7 @@ def _read_json(path: Path) -> Any:
         raise ConfigError(f"{path}: not valid JSON: {error}; delete it to do without") from None
 
 
-def _flat(content: Any, prefix: str = "") -> list[tuple[str, str]]:
+def flat(content: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Turn nested mappings into (dotted key, value) pairs."""
     if not isinstance(content, dict):
         text = ", ".join(map(str, content)) if isinstance(content, list) else str(content)
@@ -203,11 +224,12 @@ def _flat(content: Any, prefix: str = "") -> list[tuple[str, str]]:
     return [
         pair
         for key, value in content.items()
-        for pair in _flat(value, f"{prefix}.{key}" if prefix else str(key))
+        for pair in flat(value, f"{prefix}.{key}" if prefix else str(key))
     ]
 
 
-def _environment() -> jinja2.Environment:
+def page_environment() -> jinja2.Environment:
+    """Return the templates with their filters, escaping on."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,

@@ -17,6 +17,7 @@ from keepshot.report.words import (
     short_names,
     visible,
 )
+from keepshot.theory.document import ClaimRecord
 
 NAME_WIDTH = 24
 
@@ -35,7 +36,7 @@ def summary_table(document: ResultDocument) -> Table:
         table.add_column("target, 0 shots", justify="right")
     for number in shots:
         table.add_column(f"{number} shots", justify="right")
-    for title in ("gain", "retention", "n"):
+    for title in ("gain", "retention", "changed", "n"):
         table.add_column(title, justify="right")
     for arm in listed:
         cells = [_name(names[arm.name], arm.row.lam)]
@@ -46,7 +47,9 @@ def summary_table(document: ResultDocument) -> Table:
             full = len(shots) <= 2 or number == shots[-1]
             cells.append(_scored(row.icl if row else None, row.icl_ci95 if row and full else None))
         kept = f"{percent(arm.row.retention)} {percent_interval(arm.row.retention_ci95)}"
-        cells += [Text(t.strip()) for t in (score(arm.row.icl_gain), kept, f"{arm.row.num_items}")]
+        changed = percent(arm.row.changed) if arm is not listed[0] else ""
+        ends = (score(arm.row.icl_gain), kept, changed, f"{arm.row.num_items}")
+        cells += [Text(t.strip()) for t in ends]
         table.add_row(*cells)
     return table
 
@@ -134,3 +137,27 @@ def _scored(value: float | None, interval: tuple[float, float] | None) -> Text:
         return Text("n/a", style="dim")
     text = Text(score(value))
     return text.append(f" {score_interval(interval)}", style="dim") if interval else text
+
+
+def theory_tables(claim: ClaimRecord) -> list[Table]:
+    """Return the errors of one claim, predicted beside measured with z-scores, and its checks."""
+    tables: list[Table] = []
+    if claim.rows:
+        table = _table(claim.claim)
+        for title in ("task", "shots", "predicted", "measured", "se", "z"):
+            table.add_column(title, justify="left" if title == "task" else "right")
+        for row in claim.rows:
+            figures = (row.predicted, row.measured, row.se)
+            cells = [row.method, row.task, f"{row.shots}", *(f"{x:.4f}" for x in figures)]
+            table.add_row(*(Text(cell) for cell in [*cells, f"{row.z:+.1f}"]))
+        tables.append(table)
+    if claim.checks:
+        table = _table(f"{claim.claim}: checks")
+        for title in ("predicted", "measured", "se"):
+            table.add_column(title, justify="right")
+        for check in claim.checks:
+            se = "" if check.se is None else f"{check.se:.2g}"
+            cells = [check.quantity, f"{check.predicted:.6g}", f"{check.measured:.6g}", se]
+            table.add_row(*(Text(cell) for cell in cells))
+        tables.append(table)
+    return tables

@@ -18,10 +18,13 @@ from keepshot.models.loading import LanguageModel
 from keepshot.records import Cost
 from keepshot.scoring.decoding import Answer, open_answer
 from keepshot.scoring.forward import Sharing, Trunk
+from keepshot.scoring.head import read_logits
+from keepshot.scoring.memory import memory_budget, shape_of, tokens_that_fit
 from keepshot.scoring.prefix import Limits, Plan, build_trie, plan
+from keepshot.scoring.processes import ALONE, Processes, shares
 from keepshot.scoring.request import Request, Result, targets, tokens_to_read
 from keepshot.scoring.sampling import is_sampled, next_tokens
-from keepshot.scoring.shared import Reading, SharedRun, read_logits
+from keepshot.scoring.shared import Reading, SharedRun
 
 Progress = Callable[[int, int], None]
 CPU_LIMITS = Limits(batch=1024)
@@ -36,18 +39,29 @@ class Engine:
     Args:
         model: its structure must stay; its weights may change between runs.
         share: compute shared beginnings once (else: the slow reference).
-        batch_tokens: tokens in one forward pass; None chooses by device.
+        batch_tokens: tokens in one forward pass; None computes it from the model's shapes and the
+            memory there is.
+        processes: those that requests are shared out among; all must run the same requests.
     """
 
     def __init__(
-        self, model: LanguageModel, *, share: bool = True, batch_tokens: int | None = None
+        self,
+        model: LanguageModel,
+        *,
+        share: bool = True,
+        batch_tokens: int | None = None,
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes = processes
         self.model = model
         self.share = share
         self._trunk = Trunk(model.module, share=share)
         limits = CPU_LIMITS if self._trunk.device.type == "cpu" else GPU_LIMITS
+        if batch_tokens is None:
+            fitting = tokens_that_fit(shape_of(self._trunk), memory_budget(self._trunk.device))
+            batch_tokens = max(MIN_BATCH, min(limits.batch, fitting))
         self._limits = dataclasses.replace(
-            limits, batch=batch_tokens or limits.batch, packed=self.sharing == "packed"
+            limits, batch=batch_tokens, packed=self.sharing == "packed"
         )
         self._cost = Cost()
 
@@ -75,11 +89,22 @@ class Engine:
         started = time.perf_counter()
         unique = list(dict.fromkeys(requests))
         answered: dict[Request, Result] = {}
+        mine = unique
+        if self.processes.size > 1:
+            parts = shares([tokens_to_read(request) for request in unique], self.processes.size)
+            mine = [unique[number] for number in parts[self.processes.rank]]
+        before = self._cost.tokens_prefilled
         with torch.inference_mode():
-            for request, result in self._answer(unique):
+            for request, result in self._answer(mine):
                 answered[request] = result
                 if progress is not None:
-                    progress(len(answered), len(unique))
+                    progress(len(answered), len(mine))
+        if self.processes.size > 1:
+            own = self._cost.tokens_prefilled - before
+            for found, spent in self.processes.gathered((answered, own)):
+                answered = {**answered, **found}
+                self._spend(tokens_prefilled=spent)
+            self._spend(tokens_prefilled=-own)
         self._spend(
             seconds=time.perf_counter() - started,
             tokens_naive=sum(len(tokens_to_read(request)) for request in requests),

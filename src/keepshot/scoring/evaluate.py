@@ -25,6 +25,10 @@ from keepshot.scoring.request import (
 )
 from keepshot.tasks.task import Task, item_id
 
+_Asked = tuple[Task, int, int, Example]
+"""Task, number of shots, draw of demonstrations, and question."""
+SPECIAL_TOKENS = 16
+"""Tokens that a tokenizer may add to a text, at most."""
 MOST_CLOSED_LABELS = 32
 """A task with more answers than this is open, however often each of them occurs."""
 
@@ -141,6 +145,31 @@ def ask(model: LanguageModel, plan: Plan) -> Iterator[Question]:
     Raises:
         TaskError: as `measure` does.
     """
+    for asked, context in _contexts(plan):
+        yield _question(model, asked, context, plan)
+
+
+def check_prompts(model: LanguageModel, plan: Plan) -> None:
+    """Check that every prompt of `plan` fits the model's context, without asking anything.
+
+    Only prompts that might not fit are tokenised: no tokenizer makes more tokens than bytes, apart
+    from a few special ones.
+
+    Raises:
+        TaskError: as `measure` does.
+    """
+    room = model.context_length - SPECIAL_TOKENS
+    for asked, context in _contexts(plan):
+        task, _, _, example = asked
+        answers = [
+            task.template.continuation(a) for a in (example.output, *(example.choices or ()))
+        ]
+        if len(context.encode()) + max(len(answer.encode()) for answer in answers) > room:
+            _question(model, asked, context, plan)
+
+
+def _contexts(plan: Plan) -> Iterator[tuple[_Asked, str]]:
+    """Yield what is asked, in the order of the plan, with its rendered context."""
     for task in plan.tasks:
         examples = getattr(task, plan.split)[: plan.limit]
         if not examples:
@@ -150,12 +179,10 @@ def ask(model: LanguageModel, plan: Plan) -> Iterator[Question]:
                 demonstrations = task.draw(shots, seed)
                 for example in examples:
                     context = task.template.context(demonstrations, example)
-                    yield _question(model, (task, shots, seed, example), context, plan)
+                    yield (task, shots, seed, example), context
 
 
-def _question(
-    model: LanguageModel, asked: tuple[Task, int, int, Example], context: str, plan: Plan
-) -> Question:
+def _question(model: LanguageModel, asked: _Asked, context: str, plan: Plan) -> Question:
     task, shots, seed, example = asked
     likelihoods: list[LogLikelihood] = []
     if task.kind == "choice":
@@ -169,7 +196,7 @@ def _question(
 
 
 def _encode(
-    model: LanguageModel, asked: tuple[Task, int, int, Example], context: str, answer: str
+    model: LanguageModel, asked: _Asked, context: str, answer: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     task, shots, _, example = asked
     before, after = model.encode_pair(context, task.template.continuation(answer))

@@ -12,7 +12,7 @@ Shapes: R rows, L tokens a row, P tokens in the cache, K = P + L keys, D width, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,12 +24,11 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from keepshot.scoring.head import Finish, read_hidden
 from keepshot.scoring.prefix import Forward, Limits, Row, Tokens, Trie, build_trie, plan
 
 Sharing = Literal["packed", "rows", "plain"]
 FULL, SLIDING = "full_attention", "sliding_attention"
-MAX_LOGITS = 2**24
-"""The head is applied in slices of at most so many logits (64 MiB in float32)."""
 RELATIVE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """How far logits may be off in the trial, in their standard deviations; half precision: 0.2."""
 
@@ -90,7 +89,7 @@ class Trunk:
         parameter = next(self.inner.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.head: Any = self.inner.get_output_embeddings()
-        self._finish: Callable[[Tensor], Tensor] = _unchanged
+        self._finish: Finish = _unchanged
         kinds: Any = getattr(self.config, "layer_types", None)
         self.window: int | None = getattr(self.config, "sliding_window", None)
         if kinds is None:
@@ -140,6 +139,17 @@ class Trunk:
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits [N, V] of hidden states [N, D]."""
         return self._finish(self.head(hidden)).float()
+
+    def read(
+        self, hidden: Tensor, pairs: Sequence[tuple[int, int]]
+    ) -> tuple[list[int], list[float]]:
+        """Return the likeliest token after each of N hidden states, and log-probabilities.
+
+        Args:
+            hidden: [N, D].
+            pairs: (state, token) places whose log-probability is wanted.
+        """
+        return read_hidden(self.head, self._finish, hidden, pairs)
 
     def full_logits(self, ids: Tensor, num_last: int) -> Tensor:
         """Return float32 logits of the last tokens [R, num_last, V] by an ordinary forward pass."""
@@ -311,12 +321,12 @@ def _unchanged(logits: Tensor) -> Tensor:
     return logits
 
 
-def _finishes(config: Any) -> list[Callable[[Tensor], Tensor]]:
+def _finishes(config: Any) -> list[Finish]:
     """Return what families do to logits after the head, as far as the configuration says."""
     cap: Any = getattr(config, "final_logit_softcapping", None)
     divisor: Any = getattr(config, "logits_scaling", None)
     factor: Any = getattr(config, "logit_scale", None)
-    finishes: list[Callable[[Tensor], Tensor]] = [_unchanged]
+    finishes: list[Finish] = [_unchanged]
     if cap:
         finishes.append(lambda logits: torch.tanh(logits / cap) * cap)
     if divisor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from keepshot.models.loading import LanguageModel
 from keepshot.scoring.decoding import Answer, Decoder, open_answer
-from keepshot.scoring.forward import MAX_LOGITS, Caches, Layout, Trunk
+from keepshot.scoring.forward import Caches, Layout, Trunk
 from keepshot.scoring.prefix import ROOT, Forward, Limits, build_trie, plan
 from keepshot.scoring.request import (
     Generate,
@@ -54,21 +54,6 @@ class Reading:
             case Generate():
                 assert answer is not None
                 return GenerateResult(answer.text, answer.stopped)
-
-
-def read_logits(logits: Tensor, pairs: Sequence[tuple[int, int]]) -> tuple[list[int], list[float]]:
-    """Return the likeliest token of each row, and the log-probability of each (row, token).
-
-    Args:
-        logits: float32 [N, V].
-        pairs: places to read.
-    """
-    likeliest: list[int] = logits.argmax(dim=-1).tolist()
-    if not pairs:
-        return likeliest, []
-    rows, tokens = torch.tensor(pairs, device=logits.device).unbind(dim=1)
-    log_probs = logits[rows, tokens] - torch.logsumexp(logits, dim=-1)[rows]
-    return likeliest, log_probs.tolist()
 
 
 class SharedRun:
@@ -157,36 +142,37 @@ class SharedRun:
         return reads
 
     def _read(self, forward: Forward, layout: Layout, hidden: Tensor) -> None:
-        """Apply the head where something is read, each place once, in slices."""
+        """Apply the head where something is read, each place once."""
         places: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
         for r, row in enumerate(forward.rows):
             for node, column in zip(row.nodes, layout.places[r], strict=True):
                 for offset, number, place in self._reads.pop(node, ()):
                     places[r, column + offset].append((number, place))
-        wanted = list(places.items())
-        step = max(1, MAX_LOGITS // self._trunk.config.vocab_size)
-        for start in range(0, len(wanted), step):
-            part = wanted[start : start + step]
-            rows = torch.tensor([r for (r, _), _ in part], device=hidden.device)
-            columns = torch.tensor([c for (_, c), _ in part], device=hidden.device)
-            readers = [
-                (i, number, place)
-                for i, (_, found) in enumerate(part)
-                for number, place in found
-                if place < len(self._targets[number])
-            ]
-            logits = self._trunk.logits(hidden[rows, columns])
-            likeliest, log_probs = read_logits(
-                logits, [(i, self._targets[number][place]) for i, number, place in readers]
-            )
-            for i, (token, (_, found)) in enumerate(zip(likeliest, part, strict=True)):
-                for number, place in found:
-                    self._readings[number].likeliest[place] = token
-                    if is_sampled(self._requests[number]):
-                        drawn = next_tokens(logits[i : i + 1], [(self._requests[number], place)])
-                        self._readings[number].likeliest[place] = drawn[0]
-            for log_prob, (_, number, place) in zip(log_probs, readers, strict=True):
-                self._readings[number].log_probs[place] = log_prob
+        if not places:
+            return
+        rows = torch.tensor([r for r, _ in places], device=hidden.device)
+        columns = torch.tensor([c for _, c in places], device=hidden.device)
+        readers = [
+            (i, number, place)
+            for i, found in enumerate(places.values())
+            for number, place in found
+            if place < len(self._targets[number])
+        ]
+        states = hidden[rows, columns]
+        likeliest, log_probs = self._trunk.read(
+            states,
+            [(i, self._targets[number][place]) for i, number, place in readers],
+        )
+        for i, (token, found) in enumerate(zip(likeliest, places.values(), strict=True)):
+            for number, place in found:
+                self._readings[number].likeliest[place] = token
+                if is_sampled(self._requests[number]):
+                    # Drawing takes all logits of this one place; elsewhere they are never held.
+                    logits = self._trunk.logits(states[i : i + 1])
+                    drawn = next_tokens(logits, [(self._requests[number], place)])
+                    self._readings[number].likeliest[place] = drawn[0]
+        for log_prob, (_, number, place) in zip(log_probs, readers, strict=True):
+            self._readings[number].log_probs[place] = log_prob
 
     def _ended(self, forward: Forward) -> Iterator[tuple[int, int, int]]:
         """Yield (number, row, place in the row) of requests that end in this pass, once each."""

@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-from numpy.random import Generator
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from keepshot.errors import TaskError, unknown
 from keepshot.prompts import Example
@@ -19,11 +17,14 @@ from keepshot.tasks.lexical import AssetSource
 from keepshot.tasks.source import SUFFIXES, read_examples_file
 from keepshot.tasks.task import Kind, Task, group_by_input, seeded
 
+if TYPE_CHECKING:
+    from numpy.random import Generator
+
 NUM_DEMONSTRATIONS = 64
 NUM_VALIDATION = 100
 NUM_TEST = 150
 
-Builder = Callable[[AssetSource, Generator], Sequence[Example]]
+Builder: TypeAlias = "Callable[[AssetSource, Generator], Sequence[Example]]"
 Role = Literal["suite", "anchor", "target"]
 Sizes = tuple[int, int, int]
 
@@ -33,7 +34,8 @@ class TaskEntry:
     """What is known of a task before its examples are built.
 
     `rule` is the kind of rule that an answer follows; anchors share none with the suites. `assets`
-    are the pinned packages that building fetches. `version` rises when questions change.
+    are the pinned packages that building fetches. `version` rises when questions change. `test`
+    builds the test split where its questions were written apart from the others.
     """
 
     kind: Kind
@@ -46,7 +48,8 @@ class TaskEntry:
     assets: tuple[str, ...] = ()
     role: Role = "suite"
     version: int = 1
-    num_test: int = NUM_TEST
+    num_validation: int = NUM_VALIDATION
+    test: Builder | None = None
 
 
 def _made(maker: procedural.Maker) -> Builder:
@@ -195,7 +198,8 @@ CATALOG: dict[str, TaskEntry] = {
     "opposite": _text("word meaning", "recall", "a word -> its opposite", "opposites", "exact"),
     "support": TaskEntry(
         "choice", "customer messages", "classification", "a message to a shop -> its class (6)",
-        "written for keepshot", "Apache-2.0", _written("support"), role="target", num_test=200,
+        "written for keepshot", "Apache-2.0", _written("support"), role="target", version=2,
+        num_validation=300, test=_written("support-test"),
     ),
     "upper-case": _anchor("letter case", "a word -> in capitals", surface.upper_case),
     "repeat-words": _anchor("repetition", "two words -> the same twice", surface.repeat_words),
@@ -220,6 +224,18 @@ SUITES: dict[str, tuple[str, ...]] = {
     ),
     "anchors": tuple(name for name, entry in CATALOG.items() if entry.role == "anchor"),
 }  # fmt: skip
+
+
+def list_tasks() -> list[dict[str, str | list[str]]]:
+    """List the embedded tasks, with the suites that each belongs to."""
+    return [
+        {
+            "name": name, "kind": entry.kind, "domain": entry.domain,
+            "suites": [suite for suite, members in SUITES.items() if name in members],
+            "source": entry.source, "licence": entry.licence, "description": entry.description,
+        }
+        for name, entry in CATALOG.items()
+    ]  # fmt: skip
 
 
 def load_task(
@@ -343,7 +359,9 @@ def _embedded(name: str, entry: TaskEntry, store: AssetSource) -> Task:
     generator = seeded(name, entry.version)
     groups = group_by_input(entry.build(store, generator))
     pool = [groups[int(index)][0] for index in generator.permutation(len(groups))]
-    demonstrations, validation, test = _sizes(len(pool), entry.num_test)
+    apart = tuple(entry.test(store, generator)) if entry.test else ()
+    num_test = 0 if apart else NUM_TEST
+    demonstrations, validation, test = _sizes(len(pool), entry.num_validation, num_test)
     ends = demonstrations, demonstrations + validation, demonstrations + validation + test
     return Task(
         name=name,
@@ -353,18 +371,18 @@ def _embedded(name: str, entry: TaskEntry, store: AssetSource) -> Task:
         description=entry.description,
         demonstrations=tuple(pool[: ends[0]]),
         validation=tuple(pool[ends[0] : ends[1]]),
-        test=tuple(pool[ends[1] : ends[2]]),
+        test=apart or tuple(pool[ends[1] : ends[2]]),
         train=tuple(pool[ends[2] :]) if entry.role == "target" else (),
     )
 
 
-def _sizes(available: int, num_test: int) -> Sizes:
+def _sizes(available: int, num_validation: int, num_test: int) -> Sizes:
     """Split a source: the full sizes if it holds enough, else the same proportions, at least 32."""
-    wanted = NUM_DEMONSTRATIONS + NUM_VALIDATION + num_test
+    wanted = NUM_DEMONSTRATIONS + num_validation + num_test
     if available >= wanted:
-        return NUM_DEMONSTRATIONS, NUM_VALIDATION, num_test
+        return NUM_DEMONSTRATIONS, num_validation, num_test
     demonstrations = min(NUM_DEMONSTRATIONS, max(32, available * NUM_DEMONSTRATIONS // wanted))
-    validation = (available - demonstrations) * NUM_VALIDATION // (NUM_VALIDATION + num_test)
+    validation = (available - demonstrations) * num_validation // (num_validation + num_test)
     return demonstrations, validation, available - demonstrations - validation
 
 

@@ -12,13 +12,13 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-import yaml
-from numpy.random import Generator
+from typing import TYPE_CHECKING, Any, Protocol
 
 from keepshot.prompts import Example
 from keepshot.tasks.procedural import words
+
+if TYPE_CHECKING:
+    from numpy.random import Generator
 
 STALE_CAPITALS = ("Burundi", "Eswatini", "Swaziland", "Kazakhstan", "Israel", "Palestine")
 """Countries whose capital in the data is out of date or disputed."""
@@ -150,6 +150,9 @@ def _inflected(
 
 def _spoken(path: Path) -> Iterator[str]:
     """Yield what is said in a dialogue file: lists of lists of lines, some of them no text."""
+    # Imported here because listing tasks must not wait for what one of them reads.
+    import yaml
+
     content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     for dialogue in content["conversations"]:
         for line in dialogue:

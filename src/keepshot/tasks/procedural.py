@@ -10,14 +10,15 @@ import json
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
-
-from numpy.random import Generator
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from keepshot.prompts import Example
 
+if TYPE_CHECKING:
+    from numpy.random import Generator
+
 T = TypeVar("T")
-Maker = Callable[[Generator], list[Example]]
+Maker: TypeAlias = "Callable[[Generator], list[Example]]"
 NUM_MADE = 420
 """How many questions a maker that could go on for ever stops at."""
 

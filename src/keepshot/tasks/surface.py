@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import itertools
 import re
-
-from numpy.random import Generator
+from typing import TYPE_CHECKING
 
 from keepshot.prompts import Example
 from keepshot.tasks.procedural import words
+
+if TYPE_CHECKING:
+    from numpy.random import Generator
 
 NUM_MADE = 420
 

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Literal
 
 from keepshot.errors import TaskError
 from keepshot.prompts import Example, Template
+
+if TYPE_CHECKING:
+    from numpy.random import Generator
 
 Kind = Literal["choice", "exact"]
 Metric = Literal["accuracy", "exact_match"]
@@ -52,7 +54,7 @@ class Task:
         if self.kind == "exact":
             return 0.0
         asked = [example.choices or () for example in self.validation + self.test]
-        return float(np.mean([1 / len(choices) for choices in asked]))
+        return statistics.fmean(1 / len(choices) for choices in asked)
 
     @cached_property
     def labels(self) -> frozenset[str]:
@@ -87,6 +89,8 @@ class Task:
             for split in (self.demonstrations, self.validation, self.test, self.train)
         ]
         shape = [self.template.question, self.template.answer, self.template.separator]
+        if self.template.description:
+            shape.append(self.template.description)
         content = [self.name, self.kind, self.version, shape, rows]
         return _digest(json.dumps(content, ensure_ascii=False))[:16]
 
@@ -96,8 +100,11 @@ def item_id(example: Example) -> str:
     return _digest(f"{example.input}\0{example.output}")[:12]
 
 
-def seeded(*parts: str | int) -> np.random.Generator:
+def seeded(*parts: str | int) -> Generator:
     """Return a generator that depends on `parts` alone (not on Python's salted `hash`)."""
+    # Imported here because listing tasks draws nothing and must not wait for it.
+    import numpy as np
+
     return np.random.default_rng(int(_digest("\0".join(map(str, parts)))[:16], 16))
 
 
@@ -109,7 +116,7 @@ def group_by_input(examples: Sequence[Example]) -> list[list[Example]]:
     return list(groups.values())
 
 
-def _order(examples: Sequence[Example], generator: np.random.Generator) -> list[int]:
+def _order(examples: Sequence[Example], generator: Generator) -> list[int]:
     return [int(index) for index in generator.permutation(len(examples))]
 
 

@@ -82,17 +82,19 @@ def draw_prompts(
         examples = _examples(task)
         shots = min(int(generator.integers(fewest, most + 1)), len(examples) - 1)
         order = generator.permutation(len(examples))
-        sample = None
+        sample, length = None, 0
         while shots >= fewest:
             shown = [examples[int(index)] for index in order[: shots + 1]]
             sample = encode_demonstrations(model, task.template, shown, term.positions)
-            if len(sample) <= max_length:
+            length = len(sample)
+            if length <= max_length:
                 break
             sample, shots = None, shots - 1
         if sample is None:
             raise ConfigError(
                 f"anchor task {task.name!r} gives no prompt of {fewest} demonstrations within "
-                f"{max_length} tokens; lower `shots`, or take another task"
+                f"{max_length} tokens{f' (one has {length})' if length else ''}; lower `shots`, or "
+                "take another task"
             )
         samples.append(sample)
     return samples

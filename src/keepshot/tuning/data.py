@@ -37,31 +37,38 @@ def encode_rows(
     template: Template,
     max_length: int,
     long_rows: Literal["error", "drop"],
+    source: str,
 ) -> Encoded:
-    """Tokenise rows of any form.
+    """Tokenise rows of any form; `source` names where they are from in error messages.
 
     Raises:
         TaskError: if there is no row, if one is longer than `max_length` tokens and `long_rows` is
             `error`, if all are, or if a conversation does not fit the chat template.
     """
     if not rows:
-        raise TaskError("there is no row to tune on; give a file or a task with examples")
+        raise TaskError(
+            f"{source}: there is no row to tune on; give a file or a task with examples"
+        )
     samples: list[Sample] = []
     num_dropped = 0
-    for number, row in enumerate(rows, start=1):
-        sample = encode_row(model, row, template, where=f"row {number}")
+    for row in rows:
+        # Rows were shuffled and some held out, so that no line number would be right.
+        where = f"{source}: row {_opening(row)!r}"
+        sample = encode_row(model, row, template, where=where)
         if len(sample.ids) <= max_length:
             samples.append(sample)
             continue
         if long_rows == "error":
             raise TaskError(
-                f"row {number} has {len(sample.ids)} tokens, more than max_length {max_length}; "
-                "raise max_length (up to the model's context), or set long_rows=drop to leave "
-                "such rows out"
+                f"{where} has {len(sample.ids)} tokens, {len(sample.ids) - max_length} more than "
+                f"max_length {max_length};\nraise max_length (up to the model's context, "
+                f"{model.context_length}), or set long_rows=drop to leave such rows out"
             )
         num_dropped += 1
     if not samples:
-        raise TaskError(f"all {num_dropped} rows have more tokens than max_length {max_length}")
+        raise TaskError(
+            f"{source}: all {num_dropped} rows have more tokens than max_length {max_length}"
+        )
     return Encoded(tuple(samples), num_dropped)
 
 
@@ -166,6 +173,21 @@ def hold_out(rows: Sequence[T], *, share: float, seed: int) -> tuple[list[T], li
     held = set(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
     train = [row for index, row in enumerate(rows) if index not in held]
     return train, [row for index, row in enumerate(rows) if index in held]
+
+
+def _opening(row: Row) -> str:
+    match row:
+        case Example():
+            text = row.input
+        case PromptRow():
+            text = row.prompt
+        case MessagesRow():
+            text = row.messages[0].content
+        case TextRow():
+            text = row.text
+        case _:
+            assert_never(row)
+    return text[:40]
 
 
 def _encode_answer(model: LanguageModel, context: str, completion: str) -> Sample:

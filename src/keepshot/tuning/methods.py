@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from keepshot.errors import ConfigError, TrainingError
-from keepshot.models.adapter import record_base
 from keepshot.models.anatomy import WeightSlice, anatomy
+from keepshot.models.bases import record_base
 from keepshot.models.loading import LanguageModel, save
+from keepshot.records import building_directory
 from keepshot.tuning.recipe import Full, LoRA, ValueOnly
 
 
@@ -107,6 +108,8 @@ def training(prepared: Prepared) -> Generator[None]:
 def export(prepared: Prepared, model: LanguageModel, out_dir: Path) -> Path:
     """Write what was trained to `out_dir/model` or `out_dir/adapter`, in safetensors.
 
+    What an earlier start of the same run left there is replaced.
+
     Returns:
         The directory written.
 
@@ -116,13 +119,14 @@ def export(prepared: Prepared, model: LanguageModel, out_dir: Path) -> Path:
     place = out_dir / prepared.export
     match prepared.export:
         case "model":
-            save(model, place)
+            save(model, place, overwrite=True)
         case "adapter":
             wrapper: PeftModel = prepared.module
-            wrapper.save_pretrained(str(place), save_embedding_layers=False)
-            # peft's model card says nothing that its adapter_config.json does not.
-            (place / "README.md").unlink(missing_ok=True)
-            record_base(place, model.reference, model.sha256)
+            with building_directory(place, overwrite=True) as folder:
+                wrapper.save_pretrained(str(folder), save_embedding_layers=False)
+                # peft's model card says nothing that its adapter_config.json does not.
+                (folder / "README.md").unlink(missing_ok=True)
+                record_base(folder, model.reference, model.sha256)
         case _:
             assert_never(prepared.export)
     return place

@@ -86,6 +86,17 @@ class Extra:
     None keeps none."""
 
 
+@dataclass(frozen=True)
+class Tokenised:
+    """What a recipe trains on, in tokens of one model."""
+
+    encoded: Encoded
+    held_out: Encoded | None
+    sources: Sequence[Source]
+    prompts: Sequence[Sample]
+    """A KL term's; empty without one."""
+
+
 def train(
     recipe: Recipe,
     model: LanguageModel,
@@ -120,14 +131,13 @@ def train(
     """
     extra = extra or Extra()
     began = time.perf_counter()
-    encoded = _encode(recipe, model, examples, extra.template)
-    held_out = _encode(recipe, model, validation, extra.template) if validation else None
+    data = tokenise(recipe, model, examples, anchors=anchors, validation=validation, extra=extra)
+    encoded, held_out = data.encoded, data.held_out
     recipe = recipe.resolved(len(encoded.samples))
     assert recipe.steps is not None
-    sources = _sources(recipe, model, encoded, anchors, extra)
-    samples = schedule(sources, recipe.steps, recipe.seed)
+    samples = schedule(data.sources, recipe.steps, recipe.seed)
     head: Any = model.module.get_output_embeddings()
-    terms = _terms(recipe, model, anchors, head)
+    terms = _terms(recipe, model, data.prompts, head)
     # Gradients pass through a head that does not train, so its freezing by a method is harmless.
     prepared = prepare(recipe.method, model.module, recipe.seed)
     loop = Loop(recipe, prepared, samples, terms, head, extra.state_dir)
@@ -159,12 +169,42 @@ def train(
         losses=losses,
         validation_loss=mean_loss(model, held_out.samples) if held_out else None,
     )
-    if out_dir is not None:
+    if out_dir is not None and losses:
         export(prepared, model, out_dir)
         write_text(json.dumps(dataclasses.asdict(record), indent=1) + "\n", out_dir / "tuning.json")
     if failure is not None:
         raise failure
     return record
+
+
+def tokenise(
+    recipe: Recipe,
+    model: LanguageModel,
+    examples: Sequence[Row],
+    *,
+    anchors: Sequence[Task],
+    validation: Sequence[Row] = (),
+    extra: Extra,
+) -> Tokenised:
+    """Tokenise all that `train` would train on, and so check it against the model's context.
+
+    Args: as `train` takes them.
+
+    Raises:
+        ConfigError, TaskError: as `train` does.
+    """
+    encoded = _encode(recipe, model, examples, extra.template, recipe.data)
+    held_out = (
+        _encode(recipe, model, validation, extra.template, recipe.data) if validation else None
+    )
+    kl = find_term(recipe.keep, KL)
+    prompts: list[Sample] = []
+    if kl is not None:
+        limit = _limit(recipe, model)
+        prompts = draw_prompts(model, anchors, kl, max_length=limit, seed=recipe.seed)
+    return Tokenised(
+        encoded, held_out, _sources(recipe, model, encoded, anchors, extra), tuple(prompts)
+    )
 
 
 def mean_loss(model: LanguageModel, samples: Sequence[Sample], batch_size: int = 16) -> float:
@@ -195,10 +235,16 @@ def _limit(recipe: Recipe, model: LanguageModel) -> int:
 
 
 def _encode(
-    recipe: Recipe, model: LanguageModel, rows: Sequence[Row], template: Template
+    recipe: Recipe, model: LanguageModel, rows: Sequence[Row], template: Template, source: str
 ) -> Encoded:
-    limit = _limit(recipe, model)
-    return encode_rows(model, rows, template=template, max_length=limit, long_rows=recipe.long_rows)
+    return encode_rows(
+        model,
+        rows,
+        template=template,
+        max_length=_limit(recipe, model),
+        long_rows=recipe.long_rows,
+        source=source,
+    )
 
 
 def _sources(
@@ -221,7 +267,7 @@ def _sources(
     if mix.general_share > 0.0:
         if not extra.general:
             raise ConfigError(f"mix: general_data {mix.general_data!r} holds no rows")
-        general = _encode(recipe, model, extra.general, extra.template)
+        general = _encode(recipe, model, extra.general, extra.template, str(mix.general_data))
         added.append(Source(general.samples, _count(mix.general_share, recipe)))
     left = recipe.batch_size - sum(source.count for source in added)
     if left < 1:
@@ -237,12 +283,10 @@ def _count(share: float, recipe: Recipe) -> int:
 
 
 def _terms(
-    recipe: Recipe, model: LanguageModel, anchors: Sequence[Task], head: Any
+    recipe: Recipe, model: LanguageModel, prompts: Sequence[Sample], head: Any
 ) -> list[StepTerm]:
     kl = find_term(recipe.keep, KL)
     if kl is None:
         return []
-    limit = _limit(recipe, model)
-    prompts = draw_prompts(model, anchors, kl, max_length=limit, seed=recipe.seed)
     pool = cache_teacher(model, prompts, kl, head=head)
     return [AnchorKL(kl.name, kl.weight, pool, kl.direction, recipe.seed)]

@@ -1,0 +1,100 @@
+"""Reads log-probabilities and likeliest tokens without ever holding all logits.
+
+The head is applied to the positions that are read, a slice of the vocabulary at a time, so that a
+slice of logits stays in the processor's cache: N positions, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Finish = Callable[[Tensor], Tensor]
+CPU_LOGITS = 2**21
+"""A slice holds at most so many logits (8 MiB in float32)."""
+GPU_LOGITS = 2**26
+NARROWEST = 1024
+"""Narrower slices of the vocabulary waste the matrix product: positions are sliced instead."""
+
+
+def read_logits(logits: Tensor, pairs: Sequence[tuple[int, int]]) -> tuple[list[int], list[float]]:
+    """Return the likeliest token of each row, and the log-probability of each (row, token).
+
+    Args:
+        logits: float32 [N, V].
+        pairs: places to read.
+    """
+    likeliest: list[int] = logits.argmax(dim=-1).tolist()
+    if not pairs:
+        return likeliest, []
+    rows, tokens = torch.tensor(pairs, device=logits.device).unbind(dim=1)
+    log_probs = logits[rows, tokens] - torch.logsumexp(logits, dim=-1)[rows]
+    return likeliest, log_probs.tolist()
+
+
+def read_hidden(
+    head: Any, finish: Finish, hidden: Tensor, pairs: Sequence[tuple[int, int]]
+) -> tuple[list[int], list[float]]:
+    """Return what `read_logits` would for the logits of `hidden`.
+
+    Args:
+        head: gives logits; sliced along the vocabulary if it is an ordinary linear layer.
+        finish: what the family does to logits after the head, each by itself.
+        hidden: [N, D].
+        pairs: (row, token) places to read.
+    """
+    most = CPU_LOGITS if hidden.device.type == "cpu" else GPU_LOGITS
+    likeliest: list[int] = []
+    log_probs: dict[int, float] = {}
+    rows = _rows(head, most)
+    for start in range(0, len(hidden), rows):
+        part = hidden[start : start + rows]
+        wanted = [i for i, (row, _) in enumerate(pairs) if start <= row < start + rows]
+        inside = [(pairs[i][0] - start, pairs[i][1]) for i in wanted]
+        if type(head) is nn.Linear:
+            found, values = _read_in_slices(head, finish, part, inside, most)
+        else:
+            found, values = read_logits(finish(head(part)).float(), inside)
+        likeliest += found
+        log_probs |= zip(wanted, values, strict=True)
+    return likeliest, [log_probs[i] for i in range(len(pairs))]
+
+
+def _rows(head: Any, most: int) -> int:
+    """Return how many positions to read at once."""
+    if type(head) is nn.Linear:
+        return max(1, most // min(NARROWEST, head.out_features))
+    return max(1, 8 * most // int(head.weight.shape[0]))
+
+
+def _read_in_slices(
+    head: nn.Linear, finish: Finish, hidden: Tensor, pairs: Sequence[tuple[int, int]], most: int
+) -> tuple[list[int], list[float]]:
+    """Go through the vocabulary, keeping each row's best, its sum of exponentials, and `pairs`."""
+    device, num_rows = hidden.device, len(hidden)
+    width = max(NARROWEST, most // num_rows)
+    best = torch.full((num_rows,), -torch.inf, device=device)
+    token = torch.zeros(num_rows, dtype=torch.long, device=device)
+    total = torch.zeros(num_rows, device=device)
+    places = torch.tensor(pairs, dtype=torch.long, device=device).reshape(-1, 2)
+    read = torch.zeros(len(pairs), device=device)
+    offset: Any = head.bias
+    for start in range(0, head.out_features, width):
+        stop = min(start + width, head.out_features)
+        bias = None if offset is None else offset[start:stop]
+        logits = finish(nn.functional.linear(hidden, head.weight[start:stop], bias)).float()
+        inside = (places[:, 1] >= start) & (places[:, 1] < stop)
+        rows, tokens = places[inside].unbind(dim=1)
+        read[inside] = logits[rows, tokens - start]
+        highest, at = logits.max(dim=-1)
+        # Strictly above: of equal logits the first counts, as in an argmax over all of them.
+        token = torch.where(highest > best, at + start, token)
+        above = torch.maximum(best, highest)
+        total *= torch.exp(best - above)
+        total += logits.sub_(above[:, None]).exp_().sum(dim=-1)
+        best = above
+    log_probs = read - (best + total.log())[places[:, 0]]
+    return token.tolist(), log_probs.tolist()

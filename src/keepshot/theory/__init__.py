@@ -1,0 +1,1 @@
+"""The theory lab: linear attention on linear regression, closed forms beside simulation."""

@@ -1,0 +1,170 @@
+"""The bridge: the same two shares for linear attention, a softmax transformer and real models.
+
+    gained = share of the zero-shot error on the target that tuning removed
+    lost   = share of few-shot ability on unseen tasks that tuning cost
+
+Few-shot ability is what demonstrations are worth against answering 0 (against chance in real
+models, where `lost` is 1 - retention). The untuned model is at 0 and 0; right and down are better.
+"""
+
+from __future__ import annotations
+
+import math
+
+from keepshot.errors import ConfigError
+from keepshot.records import ResultDocument
+from keepshot.theory import optima, transformer
+from keepshot.theory.document import ClaimRecord, Panel, Point, TheoryRow
+from keepshot.theory.extensions import blended
+from keepshot.theory.lab import Lab, Method
+from keepshot.theory.linear_attention import Attention
+
+FEW = 12
+DIMENSION = 3
+PRETRAIN_STEPS = 400
+TUNE_STEPS = 200
+GAINED, LOST = "share of zero-shot error removed", "share of few-shot ability lost"
+LINEAR, SOFTMAX, REAL = "linear attention", "softmax transformer", "real models"
+
+
+def bridge(lab: Lab) -> ClaimRecord:
+    """Set linear attention beside a softmax transformer trained here, and real models if given."""
+    small = lab.changed(d=min(lab.d, DIMENSION), spectrum=None, covariance=None)
+    rows, linear = _linear(small)
+    softmax = _transformer(small)
+    real = _real(lab)
+    shown = {p.series: p for p in linear}, {p.series: p for p in softmax}
+    words = [
+        f"{name}: gains {100 * one.x:.0f} % and loses {_share(one)} in linear attention, gains "
+        f"{100 * other.x:.0f} % and loses {_share(other)} in the transformer"
+        for name in ("full", "value_only")
+        for one, other in [(shown[0][name], shown[1][name])]
+    ]
+    sentences = [
+        "Of the target's zero-shot error and of few-shot ability on unseen tasks, "
+        + "; ".join(words) + ".",
+        _verdict(shown[1]["full"], shown[1]["value_only"]),
+        "Real models: " + (f"{len(real)} arms of the study given." if real else
+                           "none here; give a finished run with --set study=DIR."),
+    ]  # fmt: skip
+    panels = [Panel(name=name, x_title=GAINED, y_title=LOST) for name in (LINEAR, SOFTMAX)]
+    if real:
+        panels.append(Panel(name=REAL, x_title=GAINED, y_title=LOST))
+    return ClaimRecord(
+        claim="bridge", sentences=sentences, rows=rows, panels=panels,
+        points=[*linear, *softmax, *real],
+    )  # fmt: skip
+
+
+def _share(point: Point) -> str:
+    return f"{100 * float(point.measured or 0.0):.0f} %"
+
+
+def _verdict(full: Point, value_only: Point) -> str:
+    """Say whether the theory's ranking holds in the transformer, as far as gains are comparable."""
+    lost, less = float(full.measured or 0.0), float(value_only.measured or 0.0)
+    if value_only.x < 0.9 * full.x:
+        return "In the transformer value-only gains less, so its loss says nothing by itself."
+    if less < 0.5 * lost:
+        return "The theory's ranking holds in the transformer: value-only loses less than half."
+    return (
+        "The theory does not predict the transformer: there the value matrices alone gain as much "
+        "as all parameters, and the few-shot ability that they cost is of the same order."
+    )
+
+
+def _linear(lab: Lab) -> tuple[list[TheoryRow], list[Point]]:
+    start = lab.pretrained(FEW)
+    full = optima.full_limit(start, lab.world, lab.theta)
+    heads = {
+        "full": full,
+        "full, lambda 0.25": blended(start, full, 0.25),
+        "value_only": optima.value_only(start, lab.world, lab.theta),
+        "value_only_aux": optima.value_only_aux(start, lab.world, lab.theta, FEW),
+    }
+    before = lab.error(start, "target", 0), lab.error(start, "unseen", FEW)
+    trivial = lab.spec.norm**2 + lab.spec.sigma2
+    methods = [_closed(name, head) for name, head in heads.items()]
+    rows = lab.rows("bridge", methods, [0, FEW])
+    measured = {(row.method, row.task, row.shots): row for row in rows}
+    points: list[Point] = []
+    for name in heads:
+        zero, few = measured[name, "target", 0], measured[name, "unseen", FEW]
+        gained = (before[0] - zero.predicted) / (before[0] - lab.spec.sigma2)
+        scale = trivial - before[1]
+        points.append(
+            Point(panel=LINEAR, series=name, x=gained,
+                  predicted=(few.predicted - before[1]) / scale,
+                  measured=(few.measured - before[1]) / scale, se=few.se / scale)
+        )  # fmt: skip
+    return rows, points
+
+
+def _closed(name: str, head: Attention) -> Method:
+    return Method(name, lambda _: head, lambda _: head)
+
+
+def _transformer(lab: Lab) -> list[Point]:
+    world, theta, norm = lab.world, lab.theta, lab.spec.norm
+    pairs = FEW + 1
+    base = transformer.pretrain(world, norm, pairs, lab.generator(20), PRETRAIN_STEPS)
+    arms = {"full": ("full", 0.0), "value_only": ("value_only", 0.0), "full, held": ("full", 1.0)}
+    before = _errors(base, lab)
+    trivial = norm**2 + lab.spec.sigma2
+    points: list[Point] = []
+    for index, (name, (trained, hold)) in enumerate(arms.items()):
+        model = transformer.tune(
+            base, world, theta, trained, lab.generator(21, index),
+            num_steps=TUNE_STEPS, hold=hold, pairs=pairs,
+        )  # fmt: skip
+        after = _errors(model, lab)
+        scale = trivial - before[1][0]
+        points.append(
+            Point(
+                panel=SOFTMAX,
+                series=name,
+                x=(before[0][0] - after[0][0]) / (before[0][0] - lab.spec.sigma2),
+                predicted=None,
+                measured=(after[1][0] - before[1][0]) / scale,
+                se=math.hypot(after[1][1], before[1][1]) / scale,
+            )
+        )
+    return points
+
+
+def _errors(model: transformer.Regressor, lab: Lab) -> tuple[tuple[float, float], ...]:
+    """Return the target's error at zero shots and unseen tasks' at `FEW`, with standard errors."""
+    size = min(8192, lab.spec.num_prompts)
+    return (
+        transformer.error(model, lab.world, lab.theta, 0, lab.generator(22), size),
+        transformer.error(model, lab.world, lab.spec.norm, FEW, lab.generator(23), size),
+    )
+
+
+def _real(lab: Lab) -> list[Point]:
+    """Read the arms of a finished run: target gained, and 1 - retention with its interval.
+
+    Raises:
+        ConfigError: if the directory holds none, or no arm with both figures.
+    """
+    if lab.spec.study is None:
+        return []
+    document = ResultDocument.read(lab.spec.study)
+    shots = max((row.shots for row in document.summary), default=0)
+    listed = [row for row in document.summary if row.shots == shots]
+    points: list[Point] = []
+    for row in listed[1:]:
+        base = listed[0].target
+        if row.target is None or base is None or row.retention is None or base >= 1.0:
+            continue
+        low, high = row.retention_ci95 or (row.retention, row.retention)
+        points.append(
+            Point(panel=REAL, series=row.arm, x=(row.target - base) / (1.0 - base), predicted=None,
+                  measured=1.0 - row.retention, se=(high - low) / 3.92)
+        )  # fmt: skip
+    if not points:
+        raise ConfigError(
+            f"study {str(lab.spec.study)!r}: no arm with a target score and a retention; give a "
+            "directory that `keepshot run` wrote"
+        )
+    return points

@@ -1,0 +1,21 @@
+"""The one list of each kind that contract tests go through; `test_lists_are_whole` compares them.
+
+Whoever adds a method, a keep term, a task or a family adds it here, and so to every contract.
+"""
+
+from __future__ import annotations
+
+from keepshot.tuning.recipe import KL, Full, LoRA, Mix, ValueOnly
+
+METHODS = [Full(), LoRA(rank=2), ValueOnly()]
+TERMS = [KL(prompts=8), Mix()]
+FAMILIES = ["llama", "gpt2", "gpt_neox", "qwen2", "gemma3", "falcon"]
+TASKS = [
+    "country-capital", "country-demonym", "country-continent", "english-french",
+    "english-spanish", "past-tense", "plural", "comparative", "word-feeling",
+    "sentence-language", "addition", "private-concatenation", "largest", "date-format",
+    "reference-format", "second-item", "last-item", "look-up", "pick-animal", "pick-colour",
+    "word-group", "number-name", "number-spelling", "extract-phone", "extract-town",
+    "extract-day", "sentence-topic", "sentence-feeling", "short-facts", "opposite", "support",
+    "upper-case", "repeat-words", "title-case", "drop-vowels", "spell-out", "link-words",
+]  # fmt: skip

@@ -1,0 +1,225 @@
+"""The claims of the theory lab, its records, its command, its page and its notebook."""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from keepshot import cli, exits
+from keepshot.errors import ConfigError
+from keepshot.progress import Silent
+from keepshot.records import Cost, ResultDocument, SummaryRow
+from keepshot.report.theory import claim_chart, series_looks
+from keepshot.theory import bridge, extensions
+from keepshot.theory.document import (
+    DEFAULT_CLAIMS,
+    ClaimRecord,
+    TheoryDocument,
+    TheorySpec,
+    z_score,
+)
+from keepshot.theory.experiments import run_claims
+from keepshot.theory.lab import Lab
+
+KEYS = {"claim", "method", "task", "shots", "predicted", "measured", "se"}
+SMALL = {"d": 3, "shots": (0, 1, 8), "num_prompts": 20_000}
+
+
+def status(*arguments: str) -> int:
+    return exits.status(lambda: cli.app(list(arguments), standalone_mode=False))
+
+
+def run(claim: str, **changes: object) -> ClaimRecord:
+    spec = TheorySpec.model_validate({**SMALL, "claims": (claim,), **changes})
+    return run_claims(spec, Silent()).claims[0]
+
+
+@pytest.mark.parametrize("claim", ["pretraining", "full", "value-only", "auxiliary"])
+def test_claim_agrees_with_its_measurement(claim: str) -> None:
+    record = run(claim)
+    assert record.rows
+    assert record.sentences
+    for row in record.rows:
+        assert row.claim == claim
+        assert abs(row.z) < 5, row
+        assert row.se < 0.1 * row.measured
+    for check in record.checks:
+        if check.se is None:
+            assert check.measured == pytest.approx(check.predicted, abs=2e-3, rel=2e-3), check
+        else:
+            assert abs(z_score(check.predicted, check.measured, check.se)) < 5, check
+
+
+def rows_of(record: ClaimRecord, task: str, shots: int) -> dict[str, float]:
+    return {r.method: r.predicted for r in record.rows if (r.task, r.shots) == (task, shots)}
+
+
+def test_claims_say_what_the_paper_says() -> None:
+    full, kept = run("full", d=5), run("value-only", d=5)
+    assert rows_of(full, "target", 0)["full"] == pytest.approx(0.1)
+    assert rows_of(kept, "target", 0)["value_only"] == pytest.approx(0.1 + 2 / 9)
+    assert rows_of(full, "unseen", 8)["full"] > 2 * rows_of(kept, "unseen", 8)["value_only"]
+    aux = run("auxiliary", d=5)
+    assert rows_of(aux, "target", 8)["value_only_aux"] < rows_of(aux, "target", 8)["value_only"]
+    assert rows_of(aux, "unseen", 8)["value_only_aux"] > rows_of(aux, "unseen", 8)["value_only"]
+
+
+def test_spectrum_changes_the_world_but_not_the_zero_shot_floor() -> None:
+    """Weighted by the covariance, everything at m = inf depends on d alone."""
+    plain, skewed = run("value-only"), run("value-only", spectrum=(3.0, 1.0, 0.2))
+    for one, other in zip(plain.rows, skewed.rows, strict=True):
+        assert one.predicted == pytest.approx(other.predicted)
+        assert abs(other.z) < 5
+
+
+def test_one_input_is_a_stated_special_case() -> None:
+    document = run_claims(
+        TheorySpec.model_validate({**SMALL, "d": 1, "claims": ("full",)}), Silent()
+    )
+    assert "d = 1 is special" in document.notes[0]
+    assert max(abs(row.z) for row in document.rows) < 5
+
+
+def test_same_seed_same_document_and_another_seed_another() -> None:
+    first, again, other = (run("value-only", seed=seed).rows for seed in (0, 0, 1))
+    assert first == again
+    assert [r.measured for r in first] != [r.measured for r in other]
+    assert [r.predicted for r in first] == [r.predicted for r in other]
+
+
+def test_a_claim_alone_gives_the_rows_that_it_gives_in_company() -> None:
+    spec = TheorySpec.model_validate({**SMALL, "claims": ("full", "value-only")})
+    together = [row for row in run_claims(spec, Silent()).rows if row.claim == "value-only"]
+    assert together == run("value-only").rows
+
+
+def test_command_writes_record_and_page_and_prints_rows_of_exactly_these_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "theory"
+    options = ["--d", "2", "--shots", "0,4", "--pretrain-shots", "6", "--set", "num_prompts=2000"]
+    assert status("theory", "--claim", "value-only", *options, "--out", str(out), "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {frozenset(row) for row in printed["rows"]} == {frozenset(KEYS)}
+    assert {row["method"] for row in printed["rows"]} == {"pretrained", "value_only"}
+    assert json.loads((out / "theory.json").read_text(encoding="utf-8")) == printed
+    document = TheoryDocument.read(out / "theory.json")
+    assert json.loads(document.to_json()) == printed
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "Why value-only tuning keeps" in page
+    assert "<script" not in page
+    assert (out / "figures" / "value-only.svg").exists()
+    assert status("theory", "--claim", "value-only", *options, "--out", str(out)) == 2
+    assert "already exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--claim", "value-onli"], "nearest is 'value-only'"),
+        (["--d", "0"], "`d` = 0"),
+        (["--sigma2=-0.1"], "`sigma2` = -0.1"),
+        (["--shots=0,-3"], "--shots -3: a number of shots cannot be negative"),
+        (["--spectrum", "1,0"], "--spectrum 0: the covariance is not positive definite"),
+        (["--spectrum", "1,x"], "--spectrum '1,x': expected numbers"),
+        (["--spectrum", "1,2", "--d", "3"], "2 eigenvalues for --d 3"),
+        (["--set", "covariance=[[1,2],[2,1]]"], "not positive definite"),
+        (["--pretrain-shots=-1"], "--pretrain-shots -1"),
+        (["--pretrain-shots=2.5"], "--pretrain-shots 2.5"),
+        (["--dtype", "float32"], "`dtype` = 'float32'"),
+        (["--device", "abacus"], "--device 'abacus'"),
+        (["--claim", "value-only", "--set", "step_size=1"], "the largest stable one is 0.0159"),
+        (["--set", "step_siz=1"], "nearest is 'step_size'"),
+    ],
+)
+def test_bad_input(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    few = ["--set", "num_prompts=200", "--shots=0"]
+    few = few[:2] if any(a.startswith("--shots") for a in arguments) else few
+    assert status("theory", *arguments, *few) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len([line for line in error.splitlines() if line.startswith("keepshot:")]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_covariance_given_in_full_is_used() -> None:
+    given = run("value-only", covariance=((2.0, 0.5, 0.0), (0.5, 1.0, 0.0), (0.0, 0.0, 3.0)))
+    assert max(abs(row.z) for row in given.rows) < 5
+    with pytest.raises(ConfigError, match="give one of them"):
+        TheorySpec.model_validate({"covariance": ((1.0,),), "spectrum": (1.0,), "d": 1})
+
+
+def test_methods_look_the_same_in_every_figure() -> None:
+    looks = series_looks(["something", "full", "another", "value_only"])
+    assert looks["full"] == series_looks(["full"])["full"]
+    assert len(set(looks.values())) == 4
+    chart = claim_chart(run("auxiliary")).to_dict()
+    assert len(chart["concat"]) == 3
+
+
+def test_default_claims_are_the_six() -> None:
+    assert DEFAULT_CLAIMS == (
+        "pretraining", "full", "value-only", "auxiliary", "sweeps", "extensions",
+    )  # fmt: skip
+
+
+def test_the_notebook_runs() -> None:
+    path = Path(__file__).parents[2] / "examples" / "theory.ipynb"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    names: dict[str, object] = {}
+    with redirect_stdout(io.StringIO()) as printed:
+        for cell in cells:
+            if cell["cell_type"] == "code":
+                exec("".join(cell["source"]), names)
+    assert "predicted" in printed.getvalue()
+
+
+def test_extensions_agree_with_sampling_and_the_path_has_the_right_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(extensions, "TUNING_TIME", 2.0)
+    record = run("extensions", d=2, num_prompts=5000)
+    assert max(abs(row.z) for row in record.rows) < 5
+    panel = "partial adaptation, full tuning"
+    path = {(p.x, p.series): p.predicted for p in record.points if p.panel == panel}
+    lab = Lab.of(TheorySpec(d=2))
+    assert path[0.0, "target, 0 shots"] == pytest.approx(1.1)
+    assert path[1.0, "target, 0 shots"] == pytest.approx(0.1)
+    assert path[0.0, "unseen, 20 shots"] == pytest.approx(lab.error(lab.pretrained(), "unseen", 20))
+    held = [p for p in record.points if p.panel == "KL term, value-only"]
+    few = [p.predicted for p in held if p.series == "unseen, 20 shots"]
+    zero = [p.predicted for p in held if p.series == "target, 0 shots"]
+    assert few == sorted(few, reverse=True)  # a heavier term keeps more and gains less
+    assert zero == sorted(zero)
+
+
+def test_bridge_reads_a_run_of_real_models_and_refuses_what_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge, "PRETRAIN_STEPS", 2)
+    monkeypatch.setattr(bridge, "TUNE_STEPS", 1)
+    shared = {"model": "m", "shots": 4, "icl": 0.5, "icl_ci95": (0.4, 0.6), "icl_gain": 0.3}
+    shared |= {"num_items": 40, "target_ci95": (0.0, 1.0)}
+    before = SummaryRow(
+        arm="before", retention=1.0, retention_ci95=(1.0, 1.0), target=0.2, **shared
+    )
+    plain = SummaryRow(arm="plain", retention=0.3, retention_ci95=(0.2, 0.4), target=0.9, **shared)
+    document = ResultDocument(models=[], scores=[], summary=[before, plain], cost=Cost())
+    (tmp_path / "results.json").write_text(document.to_json(), encoding="utf-8")
+    record = run("bridge", study=tmp_path, num_prompts=1000, num_numbers=200_000)
+    real = [p for p in record.points if p.panel == "real models"]
+    assert [(p.series, p.x) for p in real] == [("plain", pytest.approx(0.875))]
+    assert real[0].measured == pytest.approx(0.7)
+    linear = {p.series: p for p in record.points if p.panel == "linear attention"}
+    assert linear["full"].x == pytest.approx(1.0, abs=1e-6)
+    assert linear["full"].predicted > 1.0 > 0.1 > linear["value_only"].predicted
+    with pytest.raises(ConfigError, match=r"no results\.json"):
+        run("bridge", study=tmp_path / "absent")
