@@ -1,29 +1,32 @@
 """The command line: parse, build a spec, call one job, print.
 
-Only this file prints, reads the environment, and imports inside functions: `--help`, `tasks` and
-`report` must not wait for torch.
+Only this file and `common` print, read the environment, and import inside functions: `--help`,
+`tasks` and `report` must not wait for torch.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import sys
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import NoReturn
 
 import typer
 
 from keepshot import __version__
-from keepshot.errors import ConfigError
+from keepshot import options as option
+from keepshot.common import (
+    check_gate,
+    open_store,
+    open_workspace,
+    print_json,
+    print_plan,
+    print_table,
+    show,
+    working,
+    write_blend,
+)
 from keepshot.exits import leave
-
-if TYPE_CHECKING:
-    from keepshot.assets import AssetStore
-    from keepshot.records import ResultDocument
 
 app = typer.Typer(
     name="keepshot",
@@ -33,116 +36,85 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Out = Annotated[Path | None, typer.Option("--out", help="Directory to write.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, nothing else.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of draws and training.")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")]
-DType = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a spec key: --set key=value.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-Model = Annotated[str | None, typer.Option("--model", help="Model reference.")]
-Data = Annotated[str | None, typer.Option("--data", help="Examples file, or name of a task.")]
-Tasks = Annotated[str | None, typer.Option("--tasks", help="Suites, tasks, files: core,my.jsonl.")]
-Shots = Annotated[str | None, typer.Option("--shots", help="Numbers of demonstrations: 0,4.")]
-Seeds = Annotated[int | None, typer.Option("--seeds", help="Draws of demonstrations.")]
-Limit = Annotated[int | None, typer.Option("--limit", help="Items per task at most.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run a checkpoint's own code.")]
-Licence = Annotated[
-    list[str] | None, typer.Option("--accept-licence", help="Accept a licence, such as gemma.")
-]
-Gate = Annotated[
-    float | None, typer.Option("--require-retention", help="Exit with 3 below this retention.")
-]
-
 
 @app.command()
 def run(
-    recipe: Annotated[
-        Path | None, typer.Argument(help="Recipe (YAML); the demo if left out.")
-    ] = None,
-    model: Model = None,
-    data: Data = None,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    seed: Seed = None,
-    device: Device = None,
-    dtype: DType = None,
-    set_: Set = None,
-    trust_remote_code: Trust = False,
-    accept_licence: Licence = None,
-    require_retention: Gate = None,
+    recipe: option.RunRecipe = None,
+    model: option.Model = None,
+    data: option.Data = None,
+    out: option.Out = None,
+    overwrite: option.Overwrite = False,
+    as_json: option.Json = False,
+    seed: option.Seed = None,
+    device: option.Device = None,
+    dtype: option.DType = None,
+    set_: option.Set = None,
+    trust_remote_code: option.Trust = False,
+    accept_licence: option.Licence = None,
+    require_retention: option.Gate = None,
 ) -> None:
     """Tune a model several ways, and show what each way keeps."""
     from keepshot.jobs.recipes import run_spec
 
-    where = _given(seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    spec = run_spec(recipe, {**_given(model=model, data=data), **where}, set_ or [])
-    with _working(as_json) as screen:
+    where = option.given(seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    spec = run_spec(recipe, {**option.given(model=model, data=data), **where}, set_ or [])
+    with working(as_json) as screen:
         screen.stage("starting")
         from keepshot.jobs.run import run as run_job
 
-        with _workspace(out, spec.name, spec, overwrite) as workspace:
-            measured = run_job(spec, _store(accept_licence), workspace, screen)
-    _show(measured.document, as_json, workspace.out_dir)
-    _check_gate(measured.document, require_retention)
+        with open_workspace(out, spec.name, spec, overwrite) as workspace:
+            measured = run_job(spec, open_store(accept_licence), workspace, screen)
+    show(measured.document, as_json, workspace.out_dir)
+    check_gate(measured.document, require_retention)
 
 
 @app.command()
 def measure(
-    models: Annotated[list[str], typer.Argument(help="Model references.", metavar="MODEL...")],
-    tasks: Tasks = None,
-    shots: Shots = None,
-    seeds: Seeds = None,
-    limit: Limit = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Say what it would cost, and stop.")] = False,
-    template: Annotated[str | None, typer.Option("--template", help="Prompt template.")] = None,
-    lm_eval_out: Annotated[
-        Path | None, typer.Option("--lm-eval-out", help="Write results in lm-eval's format too.")
-    ] = None,
-    no_share: Annotated[
-        bool, typer.Option("--no-share", help="Read every prompt from its start: the reference.")
-    ] = False,
-    server: Annotated[
-        str | None, typer.Option("--server", help="OpenAI-compatible server that generates.")
-    ] = None,
-    server_model: Annotated[
-        str | None, typer.Option("--server-model", help="The model's name on the server.")
-    ] = None,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    seed: Seed = None,
-    device: Device = None,
-    dtype: DType = None,
-    set_: Set = None,
-    trust_remote_code: Trust = False,
-    accept_licence: Licence = None,
-    require_retention: Gate = None,
+    models: option.Models,
+    tasks: option.Tasks = None,
+    shots: option.Shots = None,
+    seeds: option.Seeds = None,
+    limit: option.Limit = None,
+    plan: option.Plan = False,
+    template: option.Template = None,
+    follow: option.Follow = None,
+    lm_eval_out: option.LmEvalOut = None,
+    no_share: option.NoShare = False,
+    server: option.Server = None,
+    server_model: option.ServerModel = None,
+    out: option.Out = None,
+    overwrite: option.Overwrite = False,
+    as_json: option.Json = False,
+    seed: option.Seed = None,
+    device: option.Device = None,
+    dtype: option.DType = None,
+    set_: option.Set = None,
+    trust_remote_code: option.Trust = False,
+    accept_licence: option.Licence = None,
+    require_retention: option.Gate = None,
 ) -> None:
     """Measure few-shot ability of models on the same questions and demonstrations."""
     from keepshot.jobs.recipes import measure_spec
 
-    given = _given(
-        models=models, tasks=_names(tasks), shots=_numbers("--shots", shots), seeds=seeds,
-        limit=limit, template=template, server=server, server_model=server_model, seed=seed,
-        device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+    given = option.given(
+        models=models, tasks=option.names(tasks), shots=option.whole_numbers("--shots", shots),
+        seeds=seeds, limit=limit, template=template, server=server, server_model=server_model,
+        seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+        following=option.following(follow),
     )  # fmt: skip
     spec = measure_spec(given, set_ or [])
-    store = _store(accept_licence)
+    store = open_store(accept_licence)
     first = os.environ.get("RANK", "0") == "0"
-    with _working(as_json or not first) as screen:
+    with working(as_json or not first) as screen:
         screen.stage("starting")
         from keepshot.jobs.measure import measure_models, plan_cost
         from keepshot.scoring.processes import join_processes
 
         if plan:
             costs = plan_cost(spec, store, screen)
-            return _print_plan(costs, as_json)
+            return print_plan(costs, as_json)
         processes = join_processes(os.environ)
-        place = _workspace(out, "", spec, overwrite) if out and first else nullcontext()
+        place = open_workspace(out, "", spec, overwrite) if out and first else nullcontext()
         with place as workspace:
             measured = measure_models(
                 spec, store, workspace, screen, processes=processes, share=not no_share
@@ -153,138 +125,172 @@ def measure(
         from keepshot.harness.results import write_results
 
         write_results(measured.document, lm_eval_out)
-    _show(measured.document, as_json, out)
-    _check_gate(measured.document, require_retention)
+    show(measured.document, as_json, out)
+    check_gate(measured.document, require_retention)
 
 
 @app.command()
 def tune(
-    recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML).")] = None,
-    model: Model = None,
-    data: Data = None,
-    method: Annotated[str | None, typer.Option("--method", help="full, lora, value-only.")] = None,
-    keep: Annotated[str | None, typer.Option("--keep", help="auto, none, or kl,mix.")] = None,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    seed: Seed = None,
-    device: Device = None,
-    dtype: DType = None,
-    set_: Set = None,
-    trust_remote_code: Trust = False,
-    accept_licence: Licence = None,
+    recipe: option.TuneRecipe = None,
+    model: option.Model = None,
+    data: option.Data = None,
+    method: option.Method = None,
+    keep: option.Keep = None,
+    out: option.Out = None,
+    overwrite: option.Overwrite = False,
+    as_json: option.Json = False,
+    seed: option.Seed = None,
+    device: option.Device = None,
+    dtype: option.DType = None,
+    set_: option.Set = None,
+    trust_remote_code: option.Trust = False,
+    accept_licence: option.Licence = None,
 ) -> None:
     """Tune a model on an examples file, by default so that few-shot ability stays."""
     from keepshot.jobs.recipes import tune_spec
 
-    given = _given(model=model, data=data, method=method, keep=keep, seed=seed)
-    where = _given(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    given = option.given(model=model, data=data, method=method, keep=keep, seed=seed)
+    where = option.given(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     spec = tune_spec(recipe, given, where, set_ or [])
-    with _working(as_json) as screen:
+    with working(as_json) as screen:
         screen.stage("starting")
         from keepshot.jobs.tune import tune as tune_job
 
-        with _workspace(out, "tuned", spec, overwrite) as workspace:
-            document = tune_job(spec, _store(accept_licence), workspace, screen)
-    _show(document, as_json, workspace.out_dir)
+        with open_workspace(out, "tuned", spec, overwrite) as workspace:
+            document = tune_job(spec, open_store(accept_licence), workspace, screen)
+    show(document, as_json, workspace.out_dir)
 
 
 @app.command()
 def blend(
-    base: Annotated[str, typer.Argument(help="Model before tuning.", metavar="BASE")],
-    tuned: Annotated[str, typer.Argument(help="The tuned model or adapter.", metavar="TUNED")],
-    lam: Annotated[
-        float | None, typer.Option("--lambda", help="Write base + LAMBDA * delta.")
-    ] = None,
-    sweep: Annotated[
-        str | None, typer.Option("--sweep", help="START:STOP:STEP, or 0,.5,1.")
-    ] = None,
-    tasks: Tasks = None,
-    target: Annotated[str | None, typer.Option("--target", help="File or task tuned for.")] = None,
-    pick: Annotated[
-        str | None, typer.Option("--pick", help="Rule, such as keep-target:0.9.")
-    ] = None,
-    shots: Shots = None,
-    seeds: Seeds = None,
-    limit: Limit = None,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    seed: Seed = None,
-    device: Device = None,
-    dtype: DType = None,
-    set_: Set = None,
-    trust_remote_code: Trust = False,
-    accept_licence: Licence = None,
+    base: option.Base,
+    tuned: option.Tuned = None,
+    lam: option.Lambda = None,
+    sweep: option.Sweep = None,
+    tasks: option.Tasks = None,
+    target: option.Target = None,
+    pick: option.Pick = None,
+    follow: option.Follow = None,
+    shots: option.Shots = None,
+    seeds: option.Seeds = None,
+    limit: option.Limit = None,
+    no_check: option.NoCheck = False,
+    out: option.Out = None,
+    overwrite: option.Overwrite = False,
+    as_json: option.Json = False,
+    seed: option.Seed = None,
+    device: option.Device = None,
+    dtype: option.DType = None,
+    set_: option.Set = None,
+    trust_remote_code: option.Trust = False,
+    accept_licence: option.Licence = None,
 ) -> None:
     """Walk the path base + lambda * (tuned - base): write one point, or measure many."""
     from keepshot.jobs.recipes import blend_spec
     from keepshot.jobs.specs import parse_lambdas
 
-    given = _given(
-        base=base, tuned=tuned, lam=lam, sweep=parse_lambdas(sweep) if sweep else None,
-        target=target, pick=pick, tasks=_names(tasks), shots=_numbers("--shots", shots),
-        seeds=seeds, limit=limit, seed=seed, device=device, dtype=dtype,
-        trust_remote_code=trust_remote_code,
+    given = option.given(
+        base=base if tuned else None, tuned=tuned, lam=lam,
+        sweep=parse_lambdas(sweep) if sweep else None, target=target, pick=pick,
+        tasks=option.names(tasks), shots=option.whole_numbers("--shots", shots), seeds=seeds,
+        limit=limit, seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
+        check=False if no_check else None, following=option.following(follow),
     )  # fmt: skip
-    spec = blend_spec(given, set_ or [])
-    with _working(as_json) as screen:
+    spec = blend_spec(None if tuned else Path(base), given, set_ or [])
+    if spec.sweep is None:
+        place = out or Path("runs/blend")
+        return write_blend(spec, place, open_store(accept_licence), overwrite, as_json)
+    with working(as_json) as screen:
         screen.stage("starting")
         from keepshot.jobs.blend import blend as blend_job
 
-        with _workspace(out, "blend", spec, overwrite) as workspace:
-            document = blend_job(spec, _store(accept_licence), workspace, screen)
-    _show(document, as_json, workspace.out_dir)
+        with open_workspace(out, "blend", spec, overwrite) as workspace:
+            document = blend_job(spec, open_store(accept_licence), workspace, screen)
+    show(document, as_json, workspace.out_dir)
+
+
+@app.command()
+def judge(
+    candidate: option.Candidate = None,
+    reference: option.Reference = None,
+    by: option.JudgedBy = None,
+    prompts: option.Prompts = None,
+    ifeval: option.IFEval = None,
+    limit: option.Limit = None,
+    sanity: option.Sanity = False,
+    out: option.Out = None,
+    as_json: option.Json = False,
+    seed: option.Seed = None,
+    device: option.Device = None,
+    dtype: option.DType = None,
+    set_: option.Set = None,
+    trust_remote_code: option.Trust = False,
+    accept_licence: option.Licence = None,
+) -> None:
+    """Compare two models' answers, or see how many verifiable instructions one follows."""
+    from keepshot.jobs.recipes import judge_spec
+
+    given = option.given(
+        candidate=candidate, reference=reference, judges=by, prompts=prompts, ifeval=ifeval,
+        limit=limit, sanity=sanity, seed=seed, device=device, dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    spec = judge_spec(given, set_ or [])
+    with working(as_json) as screen:
+        screen.stage("starting")
+        from keepshot.jobs.judge import judge as judge_job
+
+        key = os.environ.get("KEEPSHOT_JUDGE_KEY")
+        document = judge_job(spec, open_store(accept_licence), out, screen, key=key)
+    if as_json:
+        return print_json(document.model_dump(mode="json", by_alias=True))
+    from keepshot.shown import show_judged
+
+    show_judged(document)
 
 
 @app.command()
 def theory(
-    claim: Annotated[
-        list[str] | None, typer.Option("--claim", help="A claim; all but `bridge` if left out.")
-    ] = None,
-    d: Annotated[int | None, typer.Option("--d", help="Number of inputs.")] = None,
-    sigma2: Annotated[float | None, typer.Option("--sigma2", help="Variance of the noise.")] = None,
-    spectrum: Annotated[
-        str | None, typer.Option("--spectrum", help="Eigenvalues of the covariance: 4,2,1.")
-    ] = None,
-    shots: Shots = None,
-    pretrain_shots: Annotated[
-        float | None, typer.Option("--pretrain-shots", help="Of pretraining prompts; or inf.")
-    ] = None,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    seed: Seed = None,
-    device: Device = None,
-    dtype: DType = None,
-    set_: Set = None,
+    claim: option.Claim = None,
+    d: option.Dimension = None,
+    sigma2: option.Sigma2 = None,
+    spectrum: option.Spectrum = None,
+    shots: option.Shots = None,
+    pretrain_shots: option.PretrainShots = None,
+    out: option.Out = None,
+    overwrite: option.Overwrite = False,
+    as_json: option.Json = False,
+    seed: option.Seed = None,
+    device: option.Device = None,
+    dtype: option.DType = None,
+    set_: option.Set = None,
 ) -> None:
     """Check, in closed form and in simulation, why value-only tuning keeps few-shot ability."""
     from keepshot.jobs.recipes import theory_spec
 
-    given = _given(
-        claims=claim, d=d, sigma2=sigma2, spectrum=_decimals("--spectrum", spectrum),
-        shots=_numbers("--shots", shots), pretrain_shots=pretrain_shots, seed=seed, device=device,
-        dtype=dtype,
+    given = option.given(
+        claims=claim, d=d, sigma2=sigma2, spectrum=option.decimals("--spectrum", spectrum),
+        shots=option.whole_numbers("--shots", shots), pretrain_shots=pretrain_shots, seed=seed,
+        device=device, dtype=dtype,
     )  # fmt: skip
     spec = theory_spec(given, set_ or [])
-    with _working(as_json) as screen:
+    with working(as_json) as screen:
         screen.stage("starting")
         from keepshot.jobs.theory import theory as theory_job
 
         document, out_dir = theory_job(spec, out, screen, overwrite=overwrite)
     if as_json:
         return typer.echo(document.to_json())
-    from keepshot.screen import show_theory
+    from keepshot.shown import show_theory
 
     show_theory(document, out_dir)
 
 
 @app.command()
 def report(
-    dirs: Annotated[list[Path], typer.Argument(help="Run directories.", metavar="DIR...")],
-    out: Out = None,
-    as_json: Json = False,
+    dirs: option.RunDirs,
+    out: option.Out = None,
+    as_json: option.Json = False,
 ) -> None:
     """Write the page of a run again, or one page that compares several."""
     from keepshot.records import ResultDocument
@@ -296,99 +302,86 @@ def report(
     else:
         page = compare(dirs, out or Path("runs/comparison"))
     if as_json:
-        _print_json({"report": str(page), "runs": [d.model_dump(by_alias=True) for d in documents]})
+        print_json({"report": str(page), "runs": [d.model_dump(by_alias=True) for d in documents]})
     else:
         typer.echo(str(page))
 
 
 @app.command()
 def verify(
-    directory: Annotated[Path, typer.Argument(help="A written blend or run.", metavar="DIR")],
-    as_json: Json = False,
+    directory: option.Written,
+    as_json: option.Json = False,
 ) -> None:
     """Check that a written blend is complete and unchanged."""
     from keepshot.blending.write import verify as verify_blend
 
     inner = [directory, directory / "model", directory / "adapter"]
-    record = verify_blend(next((d for d in inner if (d / "blend.json").exists()), directory))
+    record = verify_blend(next((d for d in inner if (d / "keepshot.json").exists()), directory))
     if as_json:
-        _print_json({"directory": str(directory), "ok": True, "blend": record.as_dict()})
+        print_json({"directory": str(directory), "ok": True, "blend": record.as_dict()})
     else:
         typer.echo(f"{directory}: complete and unchanged")
 
 
 @app.command()
 def query(
-    sql: Annotated[str, typer.Argument(help='Such as "select * from scores limit 5".')],
-    dirs: Annotated[
-        list[Path] | None, typer.Argument(help="Run directories; all under runs/ if left out.")
-    ] = None,
-    as_json: Json = False,
+    sql: option.Sql,
+    dirs: option.QueryDirs = None,
+    as_json: option.Json = False,
 ) -> None:
-    """Ask the records of runs with SQL: tables items, scores, summary, path, training."""
+    """Ask the records with SQL: items, scores, summary, path, training, instructions."""
     from keepshot.query import query as run_query
 
     columns, rows = run_query(sql, dirs or sorted(Path("runs").glob("*")))
     if as_json:
-        _print_json([dict(zip(columns, row, strict=True)) for row in rows])
+        print_json([dict(zip(columns, row, strict=True)) for row in rows])
     else:
-        _print_table(columns, rows)
+        print_table(columns, rows)
 
 
 @app.command()
-def tasks(as_json: Json = False) -> None:
+def tasks(as_json: option.Json = False) -> None:
     """List the built-in tasks and suites."""
-    from keepshot.tasks.catalog import CATALOG, SUITES
+    from keepshot.tasks.catalog import list_tasks
 
-    rows = [
-        {
-            "name": name, "kind": entry.kind, "domain": entry.domain,
-            "suites": [suite for suite, members in SUITES.items() if name in members],
-            "source": entry.source, "licence": entry.licence, "description": entry.description,
-        }
-        for name, entry in CATALOG.items()
-    ]  # fmt: skip
+    rows = list_tasks()
     if as_json:
-        _print_json({"tasks": rows})
-        return
+        return print_json({"tasks": rows})
     columns = ["name", "kind", "suites", "description"]
-    _print_table(columns, [[_plain(row[column]) for column in columns] for row in rows])
+    print_table(columns, [[row[column] for column in columns] for row in rows])
 
 
 @app.command()
 def models(
-    fetch: Annotated[str | None, typer.Option("--fetch", help="Download and convert NAME.")] = None,
-    as_json: Json = False,
-    accept_licence: Licence = None,
+    fetch: option.Fetch = None,
+    as_json: option.Json = False,
+    accept_licence: option.Licence = None,
 ) -> None:
     """List the embedded models, and where they lie once fetched."""
     from keepshot.models.reference import list_models
 
-    store = _store(accept_licence)
+    store = open_store(accept_licence)
     if fetch:
-        with _working(as_json) as screen:
+        with working(as_json) as screen:
             screen.stage(f"fetching {fetch}")
             from keepshot.models.loading import fetch_model
 
             fetch_model(fetch, store)
     rows = list_models(store)
     if as_json:
-        _print_json({"models": rows})
-        return
-    columns = list(rows[0])
-    _print_table(columns, [[_plain(row[column]) for column in columns] for row in rows])
+        return print_json({"models": rows})
+    print_table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 @app.command()
-def methods(as_json: Json = False) -> None:
+def methods(as_json: option.Json = False) -> None:
     """List the tuning methods and keep terms."""
     from keepshot.jobs.recipes import describe
 
     rows = describe()
     if as_json:
-        _print_json({"methods": rows})
-    else:
-        _print_table(["name", "kind", "description"], [list(row.values()) for row in rows])
+        return print_json({"methods": rows})
+    print_table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 @app.command(
@@ -403,95 +396,9 @@ def lm_eval(context: typer.Context) -> None:
     run_harness(context.args)
 
 
-# -- what the commands share -------------------------------------------------------------------
-
-
-def _store(accepted: Sequence[str] | None) -> AssetStore:
-    from keepshot.assets import AssetStore
-
-    return AssetStore.from_environment(os.environ, accepted_licences=frozenset(accepted or ()))
-
-
-def _working(as_json: bool) -> Any:
-    from keepshot.screen import Screen
-
-    return Screen(quiet=as_json)
-
-
-def _workspace(out: Path | None, name: str, spec: Any, overwrite: bool) -> Any:
-    from keepshot.jobs.workspace import Workspace, free_name
-
-    return Workspace(out or free_name(Path("runs"), name), spec, overwrite=overwrite)
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _names(text: str | None) -> list[str] | None:
-    return [part.strip() for part in text.split(",") if part.strip()] if text else None
-
-
-def _numbers(option: str, text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"{option} {text!r}: expected whole numbers, such as 0,4") from None
-
-
-def _decimals(option: str, text: str | None) -> list[float] | None:
-    if text is None:
-        return None
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"{option} {text!r}: expected numbers, such as 4,2,1") from None
-
-
-def _show(document: ResultDocument, as_json: bool, out: Path | None) -> None:
-    if as_json:
-        typer.echo(document.to_json())
-        return
-    from keepshot.screen import show_document
-
-    show_document(document, out)
-
-
-def _check_gate(document: ResultDocument, required: float | None) -> None:
-    if required is None:
-        return
-    from keepshot.jobs.gate import check_retention
-
-    check_retention(document, required)
-
-
-def _print_json(content: object) -> None:
-    typer.echo(json.dumps(content, indent=1, ensure_ascii=False, default=str))
-
-
-def _print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    from keepshot.table import format_table
-
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    typer.echo(format_table(columns, rows, width))
-
-
-def _print_plan(costs: list[dict[str, object]], as_json: bool) -> None:
-    if as_json:
-        _print_json({"plan": costs})
-    else:
-        _print_table(list(costs[0]), [list(row.values()) for row in costs])
-
-
-def _plain(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
-
-
 @app.callback(invoke_without_command=True)
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: option.Version = False,
 ) -> None:
     if version:
         typer.echo(f"keepshot {__version__}")

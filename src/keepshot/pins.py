@@ -227,4 +227,19 @@ ASSETS: dict[str, Asset] = {
         members=("lm_eval/tasks/mmlu/flan_cot_fewshot/_cot_prompts.json",),
         licence="MIT",
     ),
+    "punkt-english": _single(
+        "punkt-english",
+        "0.14.25",
+        Wheel(
+            "llama-index-core==0.14.25",
+            "llama_index_core-0.14.25-py3-none-any.whl",
+            11928254,
+            "caa7d9c5ac9b13dc33400cf8d5e92e689b6d1e4497eb9bfa50d6f52ca2eb22a1",
+        ),
+        members=(
+            "llama_index/core/_static/nltk_cache/tokenizers/punkt_tab/README",
+            "llama_index/core/_static/nltk_cache/tokenizers/punkt_tab/english/*.t*",
+        ),
+        licence="Apache-2.0",
+    ),
 }

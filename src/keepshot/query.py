@@ -14,7 +14,7 @@ from keepshot.records import ResultDocument, read_item_table
 
 
 def query(sql: str, run_dirs: Sequence[Path]) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """Run `sql` on tables `items`, `scores`, `summary`, `path` and `training`.
+    """Run `sql` on tables `items`, `scores`, `summary`, `path`, `training` and `instructions`.
 
     Each table has a first column `run` with the name of the directory. Files cannot be reached
     from the query.
@@ -45,6 +45,7 @@ def _tables(run_dirs: Sequence[Path]) -> dict[str, pa.Table]:
         "summary": [],
         "path": [],
         "training": [],
+        "instructions": [],
     }
     items: list[pa.Table] = []
     for directory in run_dirs:

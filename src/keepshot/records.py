@@ -7,14 +7,7 @@ Knows nothing of models or tasks beyond their names.
 
 from __future__ import annotations
 
-import errno
-import os
-import secrets
-import shutil
-import stat
-import tempfile
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +15,10 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
 
 from keepshot import __version__
-from keepshot.errors import ConfigError, OutputError, is_full_disk
+from keepshot.errors import ConfigError
+from keepshot.outputs import building_directory, claim, replacing, write_text
 
 Split = Literal["validation", "test"]
 
@@ -55,6 +48,26 @@ class ItemResult:
     correct_per_character: float | None
     format_failure: float
     label_leakage: float
+
+
+@dataclass(frozen=True)
+class InstructionRow:
+    """One prompt with verifiable instructions put to one model; a flag for each instruction."""
+
+    arm: str
+    model: str
+    lam: float | None
+    prompt_set: str
+    split: str
+    variant: str
+    style: str
+    key: str
+    prompt: str
+    answer: str
+    truncated: bool
+    types: list[str]
+    strict: list[bool]
+    loose: list[bool]
 
 
 class _Record(BaseModel):
@@ -126,7 +139,12 @@ class Cost(_Record):
 
 
 class PathPoint(_Record):
-    """One lambda on the path between two models, measured on one split."""
+    """One lambda on the path between two models, measured on one split.
+
+    `tasks` is the few-shot score by task; `below_base` names those whose paired 95 % interval of
+    the difference from the base lies below 0. `answer_length` counts characters, where answers
+    are free text.
+    """
 
     lam: float = Field(validation_alias=_LAMBDA, serialization_alias="lambda")
     split: Split
@@ -137,6 +155,11 @@ class PathPoint(_Record):
     target: float | None
     target_ci95: tuple[float, float] | None
     num_items: int
+    tasks: dict[str, float] = Field(default_factory=dict)
+    below_base: list[str] = Field(default_factory=list)
+    format_failure: float | None = None
+    label_leakage: float | None = None
+    answer_length: float | None = None
 
 
 class TrainingRecord(_Record):
@@ -152,12 +175,45 @@ class TrainingRecord(_Record):
     losses: list[dict[str, float]] = Field(default_factory=list)
 
 
+class InstructionScore(_Record):
+    """How well one arm follows verifiable instructions, at one lambda on one part of a set."""
+
+    arm: str
+    model: str
+    lam: float | None = Field(default=None, validation_alias=_LAMBDA, serialization_alias="lambda")
+    prompt_set: str
+    split: str
+    variant: str
+    style: str
+    prompt_strict: float
+    prompt_strict_ci95: tuple[float, float]
+    prompt_loose: float
+    prompt_loose_ci95: tuple[float, float]
+    instruction_strict: float
+    instruction_strict_ci95: tuple[float, float]
+    instruction_loose: float
+    instruction_loose_ci95: tuple[float, float]
+    num_prompts: int
+    num_instructions: int
+    truncated: float
+    by_type: dict[str, float] = Field(default_factory=dict)
+
+
 class PickRecord(_Record):
-    """Which lambda was picked, by which stated rule, from which points."""
+    """Which lambda was picked, by which stated rule, from which points.
+
+    The interval is of the whole choice under resampled questions and draws; `share_same` of the
+    resamples pick this lambda again, `share_none` none at all. `pareto` are the lambdas that no
+    other beats in both few-shot and target score.
+    """
 
     rule: str
     lam: float | None = Field(validation_alias=_LAMBDA, serialization_alias="lambda")
     reason: str
+    lambda_ci95: tuple[float, float] | None = None
+    share_same: float | None = None
+    share_none: float | None = None
+    pareto: list[float] = Field(default_factory=list)
 
 
 class ResultDocument(_Record):
@@ -177,6 +233,7 @@ class ResultDocument(_Record):
     path: list[PathPoint] = Field(default_factory=list)
     pick: PickRecord | None = None
     training: list[TrainingRecord] = Field(default_factory=list)
+    instructions: list[InstructionScore] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
 
     def to_json(self) -> str:
@@ -202,6 +259,54 @@ class ResultDocument(_Record):
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
             raise ConfigError(f"{path}: not a results document: {place}: {first['msg']}") from None
+
+
+class WinRate(_Record):
+    """The candidate's share of wins, ties counted half; percentages, with 95 % intervals."""
+
+    candidate: str
+    reference: str
+    judge: str
+    prompt_hash: str
+    win_rate: float
+    win_rate_ci95: tuple[float, float]
+    discrete_win_rate: float
+    length_controlled_win_rate: float | None
+    length_controlled_ci95: tuple[float, float] | None
+    position_bias: float | None
+    """How much more often than half the first answer is preferred, whichever it is; in points."""
+    num_comparisons: int
+    num_judged: int
+    num_tied: int
+    num_failed: int
+    num_off_label: int
+    failures: dict[str, int]
+    mean_length_candidate: float
+    mean_length_reference: float
+
+
+class Agreement(_Record):
+    """How far two judges agree on the comparisons that both judged."""
+
+    judges: tuple[str, str]
+    num_items: int
+    same_side: float
+    """Share on which both prefer the same answer, or both none."""
+    kappa: float
+    """Cohen's kappa of the same; 0 is what chance would give."""
+    rank_correlation: float
+
+
+class JudgeDocument(_Record):
+    """What `keepshot judge` prints and writes."""
+
+    keepshot: str = __version__
+    win_rates: list[WinRate] = Field(default_factory=list)
+    sanity: list[WinRate] = Field(default_factory=list)
+    agreement: list[Agreement] = Field(default_factory=list)
+    instructions: list[InstructionScore] = Field(default_factory=list)
+    policy: dict[str, Any] = Field(default_factory=dict)
+    notes: list[str] = Field(default_factory=list)
 
 
 ITEM_SCHEMA = pa.schema(
@@ -245,6 +350,32 @@ def read_items(path: Path) -> list[ItemResult]:
     return [ItemResult(**{key: row[key] for key in names}) for row in rows]
 
 
+INSTRUCTION_SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("arm", "model")),
+        ("lam", pa.float64()),
+        *((name, pa.string()) for name in ("prompt_set", "split", "variant", "style")),
+        *((name, pa.string()) for name in ("key", "prompt", "answer")),
+        ("truncated", pa.bool_()),
+        ("types", pa.list_(pa.string())),
+        ("strict", pa.list_(pa.bool_())),
+        ("loose", pa.list_(pa.bool_())),
+    ]
+)
+
+
+def write_instructions(rows: Sequence[InstructionRow], path: Path) -> None:
+    """Write rows of verifiable instructions as parquet, atomically."""
+    table = pa.Table.from_pylist([asdict(row) for row in rows], schema=INSTRUCTION_SCHEMA)
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def read_instructions(path: Path) -> list[InstructionRow]:
+    """Read the rows that `write_instructions` wrote; raises as `read_items` does."""
+    return [InstructionRow(**row) for row in read_item_table(path).to_pylist()]
+
+
 def read_item_table(path: Path) -> pa.Table:
     """Read the rows that `write_items` wrote, as a table; raises as `read_items` does."""
     try:
@@ -254,103 +385,10 @@ def read_item_table(path: Path) -> pa.Table:
         raise ConfigError(f"{path}: cannot be read as parquet ({reason}); run again") from None
 
 
-def write_text(text: str, path: Path) -> None:
-    """Write a text file atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def replacing(path: Path) -> Generator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it there."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _output_error(error, path) from error
-    temporary = _beside(path)
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise _output_error(error, path) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def building_directory(out_dir: Path, *, overwrite: bool = False) -> Generator[Path]:
-    """Yield a temporary directory that becomes `out_dir` when the block ends without error.
-
-    Raises:
-        OutputError: if `out_dir` already holds something and `overwrite` is false, if it cannot
-            be written, or if the disk is full.
-    """
-    claim(out_dir, overwrite=overwrite)
-    try:
-        temporary = _beside(out_dir)
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise _output_error(error, out_dir) from error
-    try:
-        yield temporary
-        _follow_umask(temporary)
-        if out_dir.exists():
-            shutil.rmtree(out_dir)
-        temporary.replace(out_dir)
-    except (OSError, SafetensorError) as error:
-        raise _output_error(error, out_dir) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def claim(out_dir: Path, *, overwrite: bool = False) -> None:
-    """Check, before any work, that `out_dir` can be written and holds nothing worth keeping.
-
-    Raises:
-        OutputError: saying why not and what to do.
-    """
-    if out_dir.exists() and not out_dir.is_dir():
-        raise OutputError(f"{out_dir}: is a file; name a directory that does not exist yet")
-    if out_dir.exists() and any(out_dir.iterdir()) and not overwrite:
-        raise OutputError(
-            f"{out_dir}: already exists; add --overwrite to replace it, or name another with --out"
-        )
-    existing = next(parent for parent in out_dir.absolute().parents if parent.exists())
-    try:
-        # Only writing shows whether a place can be written: permissions do not say it for root.
-        with tempfile.TemporaryFile(dir=existing) as probe:
-            probe.write(bytes(_PROBE_BYTES))
-    except OSError as error:
-        raise _output_error(error, out_dir) from error
-
-
-_UNWRITABLE = {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT,
-}  # fmt: skip
-_PROBE_BYTES = 4096
-
-
-def _output_error(error: Exception, path: Path) -> Exception:
-    if is_full_disk(error):
-        return OutputError(f"{path}: the disk is full; free some space or choose another --out")
-    if isinstance(error, OSError) and error.errno in _UNWRITABLE:
-        return OutputError(f"{path}: cannot be written ({error.strerror}); choose another --out")
-    return error
-
-
-def _beside(path: Path) -> Path:
-    """Return a hidden name of its own beside `path`; what is made there follows the umask."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-
-
-def _follow_umask(folder: Path) -> None:
-    """Give every file the mode of one that is simply opened: safetensors makes its own 0600."""
-    probe = _beside(folder / "mode")
-    probe.touch()
-    mode = stat.S_IMODE(probe.stat().st_mode)
-    probe.unlink()
-    for file in folder.rglob("*"):
-        if file.is_file():
-            file.chmod(mode)
+__all__ = [
+    "Agreement", "Cost", "InstructionRow", "InstructionScore", "ItemResult", "JudgeDocument",
+    "ModelRecord", "PathPoint", "PickRecord", "ResultDocument", "Score", "SummaryRow",
+    "TrainingRecord", "WinRate", "building_directory", "claim", "read_instructions",
+    "read_item_table", "read_items", "replacing", "write_instructions", "write_items",
+    "write_text",
+]  # fmt: skip

@@ -45,6 +45,12 @@ def proportion(num_correct: float, num_items: int) -> Interval:
     return Interval(share, float(min(low, share)), float(max(high, share)))
 
 
+def bootstrap_mean(values: NDArray[np.float64], generator: np.random.Generator) -> Interval:
+    """Return the mean of `values` [N] with a bootstrap interval over items."""
+    resampled = _multinomial_weights(len(values), generator) @ values
+    return _percentiles(float(values.mean()), resampled)
+
+
 def mean_over_tasks(tasks: Sequence[Matrix], generator: np.random.Generator) -> Interval:
     """Return the mean over tasks of the mean score, with a bootstrap interval.
 
@@ -52,8 +58,14 @@ def mean_over_tasks(tasks: Sequence[Matrix], generator: np.random.Generator) -> 
         tasks: one [num_draws, num_items] matrix of scores per task.
         generator: source of the resamples.
     """
-    resampled = np.mean([_resampled_means([task], generator)[0] for task in tasks], axis=0)
+    resampled = np.mean([resampled_means([task], generator)[0] for task in tasks], axis=0)
     return _percentiles(float(np.mean([task.mean() for task in tasks])), resampled)
+
+
+def difference(first: Matrix, second: Matrix, generator: np.random.Generator) -> Interval:
+    """Return mean first - mean second for one task, paired by item and draw."""
+    resampled = resampled_means([first, second], generator)
+    return _percentiles(float(first.mean() - second.mean()), resampled[0] - resampled[1])
 
 
 def retention(
@@ -77,7 +89,7 @@ def retention(
     for task_after, task_before in zip(after, before, strict=True):
         assert task_after.shape == task_before.shape, "retention needs paired items and draws"
     chance = float(np.mean(chances))
-    pairs = [_resampled_means([a, b], generator) for a, b in zip(after, before, strict=True)]
+    pairs = [resampled_means([a, b], generator) for a, b in zip(after, before, strict=True)]
     gained_after = np.mean([pair[0] for pair in pairs], axis=0) - chance
     gained_before = np.mean([pair[1] for pair in pairs], axis=0) - chance
     if float(np.quantile(gained_before, 0.025)) <= 0.0:
@@ -88,10 +100,10 @@ def retention(
     return _percentiles(float(point), gained_after / gained_before)
 
 
-def _resampled_means(
+def resampled_means(
     paired: Sequence[Matrix], generator: np.random.Generator
 ) -> list[NDArray[np.float64]]:
-    """Bootstrap means of matrices that share their items and draws: [num_resamples] each."""
+    """Return bootstrap means of matrices that share their items and draws: [num_resamples] each."""
     num_draws, num_items = paired[0].shape
     items = _multinomial_weights(num_items, generator)
     draws = _multinomial_weights(num_draws, generator)

@@ -17,16 +17,20 @@ def format_table(
 
     Args:
         columns: names.
-        rows: values; None is shown as nothing.
+        rows: values; None is shown as nothing, a list by its members.
         width: of the terminal, to which the last column is wrapped; None wraps nothing.
     """
-    shown = [
-        ["" if value is None else " ".join(str(value).splitlines()) for value in row]
-        for row in rows
-    ]
+    shown = [[_plain(value) for value in row] for row in rows]
     lines = [list(columns), *shown]
     widths = [max(_width(line[place]) for line in lines) for place in range(len(columns))]
     return "\n".join(text for line in lines for text in _rendered(line, widths, width))
+
+
+def _plain(value: object) -> str:
+    if value is None:
+        return ""
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return " ".join(text.splitlines())
 
 
 def _rendered(line: Sequence[str], widths: Sequence[int], width: int | None) -> list[str]:

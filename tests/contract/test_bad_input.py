@@ -76,6 +76,11 @@ EARLY: list[tuple[str, str]] = [
     ("blend base other", "--lambda"),
     ("blend base other --sweep 0:1", "0:1"),
     ("blend base other --lambda nan", "nan"),
+    ("blend base other --lambda half", "'--lambda'"),
+    ("blend few.jsonl --lambda 0.4", "expected BASE and TUNED, or a recipe"),
+    ("blend base other --lambda 0.4 --set rule.rampe=[0,1]", "nearest is 'ramp'"),
+    ("blend base other --lambda 0.4 --set rounding=up", "`rounding` = 'up'"),
+    ("blend base other --sweep 0:1:1 --set second=c", "not along a --sweep"),
     ("blend base other --sweep 0,1 --tasks addition", "name one with --target"),
     ("run recipe.yaml --set measure.tasks=[upper-case]", "'upper-case' is an anchor"),
     ("run recipe.yaml --set measure.tasks=[colours.jsonl]", "'colours.jsonl' is the target"),
@@ -106,6 +111,12 @@ EARLY: list[tuple[str, str]] = [
     ("blend base shallow --lambda 0.5", "tensor 'model.layers.2."),
     ("blend base shallow --sweep 0,1 --target colours.jsonl", "tensor 'model.layers.2."),
     ("blend other adapter --lambda 0.5", "was trained on 'base'"),
+    ("blend other adapter --sweep 0,1 --target colours.jsonl", "was trained on 'base'"),
+    ("blend base adapter --lambda 0.5 --dtype float16 --set write_dtype=float16", "one lambda"),
+    (
+        "blend base adapter --sweep 0,1 --target colours.jsonl --set rule.kinds.mlp=0",
+        "an adapter takes one lambda",
+    ),
     ("blend gpt2 unrecorded --lambda 0.5", "this adapter was trained on another base"),
     # places
     ("measure base --tasks addition --out finished", "finished: already exists; add --overwrite"),
@@ -365,8 +376,10 @@ def test_a_full_disk_is_told_and_what_was_finished_is_gone_on_from(
     assert len(complaint.splitlines()) <= 3
     assert not (here / "out").exists()
     assert status(f"{arguments} --out out") == 0
-    assert (here / "out" / "results.json").exists()
-    assert not (here / ".out.unfinished").exists()
+    # One lambda that is written is a model, with the record of a blend.
+    record = "keepshot.json" if "--lambda" in arguments else "results.json"
+    assert (here / "out" / record).exists()
+    assert not list(here.glob(".out.*"))
     shutil.rmtree(here / "out")
 
 

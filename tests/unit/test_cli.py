@@ -18,12 +18,14 @@ SURFACE = {
     "run": SPEC | {"--model", "--data", "--accept-licence", "--require-retention"},
     "measure": SPEC
     | {"--tasks", "--shots", "--seeds", "--limit", "--plan", "--template", "--accept-licence"}
-    | {"--require-retention", "--server", "--server-model", "--lm-eval-out"},
-    "lm-eval": set(),
+    | {"--require-retention", "--lm-eval-out", "--no-share", "--server", "--server-model"}
+    | {"--follow"},
     "tune": SPEC | {"--model", "--data", "--method", "--keep", "--accept-licence"},
     "blend": SPEC
     | {"--lambda", "--sweep", "--tasks", "--target", "--pick", "--shots", "--seeds", "--limit"}
-    | {"--accept-licence"},
+    | {"--accept-licence", "--no-check", "--follow"},
+    "judge": SPEC - {"--overwrite"}
+    | {"--judge", "--prompts", "--ifeval", "--limit", "--sanity", "--accept-licence"},
     "theory": COMMON
     | {"--claim", "--d", "--sigma2", "--spectrum", "--shots", "--pretrain-shots"}
     | {"--seed", "--device", "--dtype", "--set", "--overwrite"},
@@ -33,6 +35,7 @@ SURFACE = {
     "tasks": {"--json"},
     "models": {"--json", "--fetch", "--accept-licence"},
     "methods": {"--json"},
+    "lm-eval": set[str](),
 }
 
 
@@ -44,7 +47,7 @@ def test_commands_and_flags_are_these() -> None:
             option
             for parameter in command.params
             for option in [*parameter.opts, *parameter.secondary_opts]
-            if option.startswith("--") and option != "--help" and not option.startswith("--no-")
+            if option.startswith("--") and option != "--help"
         }
         for name, command in group.commands.items()  # type: ignore[attr-defined]
     }

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from keepshot import cli, exits
+from keepshot.models.checkpoint import TensorReader
 from keepshot.models.loading import LanguageModel, save
-from keepshot.records import ResultDocument
+from keepshot.records import ResultDocument, read_items
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",
@@ -124,7 +126,7 @@ def test_run_writes_the_run_directory(
     assert len({hashes["base"], *tuned}) == 4
 
     # The plain arm's directory is gone by now, so the record must not point there.
-    record = json.loads((finished_run / "model" / "blend.json").read_text(encoding="utf-8"))
+    record = json.loads((finished_run / "model" / "keepshot.json").read_text(encoding="utf-8"))
     assert (record["base"], record["tuned"]) == ("base", "base, plain")
 
     capsys.readouterr()
@@ -205,15 +207,45 @@ def test_blend_writes_one_point_and_sweeps_a_path(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert status("blend", "base", "other", "--lambda", "0.4", "--out", "point") == 0
-    record = json.loads((workplace / "point" / "model" / "blend.json").read_text("utf-8"))
+    point = workplace / "point"
+    assert (point / "config.json").exists()  # the directory itself is the model
+    record = json.loads((point / "keepshot.json").read_text("utf-8"))
     assert (record["base"], record["tuned"], record["lambda"]) == ("base", "other", 0.4)
+    assert "loaded with transformers and continued" in record["checked"][0]
+    assert status("verify", "point") == 0
+    assert status("measure", "point", "--tasks", "addition", "--limit", "2", "--seeds", "1") == 0
+    capsys.readouterr()
+    quick = ["--no-check", "--json", "--set", "rule.kinds.value=0", "--dtype", "float32"]
+    assert status("blend", "base", "other", "--lambda", "0.4", *quick, "--out", "quick") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["directory"], printed["blend"]["output_sha256"]) == ("quick", {})
+    assert status("verify", "quick") == 2
+    assert "--no-check" in capsys.readouterr().err
     arguments = ["--tasks", "addition", "--shots", "2", "--limit", "4", "--seeds", "1"]
     target = ["--target", "colours.jsonl", "--pick", "keep-target:0.1"]
+    target += ["--set", "resolution=0.25"]
     assert (
-        status("blend", "base", "other", "--sweep", "0:1:0.5", *arguments, *target, "--out", "path")
+        status("blend", "other", "base", "--sweep", "0:1:0.5", *arguments, *target, "--out", "path")
         == 0
     )
     document = ResultDocument.read(workplace / "path")
-    assert [point.lam for point in document.path] == [0.0, 0.5, 1.0]
+    lams = [point.lam for point in document.path]
+    assert set(lams) >= {0.0, 0.5, 1.0}
     assert document.pick is not None
+    assert document.pick.lam is not None
+    nearest = sorted(abs(lam - document.pick.lam) for lam in lams)[1]
+    assert nearest <= 0.25  # refined around the pick
+    assert document.pick.lambda_ci95 is not None
+    rows = read_items(workplace / "path" / "items.parquet")
+    assert {row.lam for row in rows if row.arm == "path"} == set(lams)
+    assert "Questions that flip" in (workplace / "path" / "report.html").read_text("utf-8")
+    assert (workplace / "path" / "model" / "keepshot.json").exists()
+    rule = ["--set", "rule.kinds.mlp=0", "--no-check", "--pick", "best-icl", "--out", "frozen"]
+    assert status("blend", "other", "base", "--sweep", "0.5", *arguments, *rule) == 0
+    with (
+        TensorReader(workplace / "frozen" / "model") as mixed,
+        TensorReader(workplace / "other") as first,
+    ):
+        name = next(name for name in first.names if "up_proj" in name)
+        assert torch.equal(mixed.read(name), first.read(name))
     assert {row.arm for row in document.summary} >= {"base", "other"}

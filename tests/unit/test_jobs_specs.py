@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from keepshot.blending.pick import check_rule, parse_rule
 from keepshot.errors import ConfigError
 from keepshot.jobs.recipes import blend_spec, run_spec, shipped_recipe, tune_spec
 from keepshot.jobs.specs import parse_lambdas
+from keepshot.models.reference import HubModel, parse_reference
 from keepshot.tuning.recipe import KL, Full, LoRA, find_term
 
 
@@ -63,6 +65,30 @@ def test_tune_without_a_recipe_keeps_by_default() -> None:
 
 def test_blend_wants_one_lambda_or_a_path() -> None:
     with pytest.raises(ConfigError, match="either --lambda"):
-        blend_spec({"base": "a", "tuned": "b"}, [])
+        blend_spec(None, {"base": "a", "tuned": "b"}, [])
     with pytest.raises(ConfigError, match="either --lambda"):
-        blend_spec({"base": "a", "tuned": "b", "lam": 0.5, "sweep": (0.0, 1.0)}, [])
+        blend_spec(None, {"base": "a", "tuned": "b", "lam": 0.5, "sweep": (0.0, 1.0)}, [])
+
+
+BLENDS = sorted((Path(__file__).parents[2] / "recipes" / "blend").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", BLENDS, ids=lambda file: file.stem)
+def test_blend_recipes_are_specs_of_hub_pairs(file: Path) -> None:
+    spec = blend_spec(file, {}, [])
+    assert isinstance(parse_reference(spec.base), HubModel)
+    assert isinstance(parse_reference(spec.tuned), HubModel)
+    assert spec.sweep is not None
+    check_rule(parse_rule(spec.pick), spec.sweep, spec.target is not None)
+
+
+def test_there_is_a_blend_recipe_for_every_family() -> None:
+    families = ["gemma", "llama", "mistral", "olmo", "qwen"]
+    assert [file.stem.partition("-")[0] for file in BLENDS] == families
+
+
+def test_a_lambda_on_the_command_line_takes_the_place_of_a_recipes_path() -> None:
+    spec = blend_spec(BLENDS[0], {"lam": 0.5}, ["rounding=nearest"])
+    assert (spec.lam, spec.sweep, spec.rounding) == (0.5, None, "nearest")
+    with pytest.raises(ConfigError, match=r"expected BASE and TUNED, or a recipe"):
+        blend_spec(Path("base"), {"lam": 0.5}, [])

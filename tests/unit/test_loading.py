@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 from keepshot.assets import AssetStore
 from keepshot.errors import ModelError, OutputError
-from keepshot.models.adapter import record_base
+from keepshot.models.bases import record_base
 from keepshot.models.identity import directory_sha256, file_sha256
 from keepshot.models.loading import LanguageModel, load, save
 from pico import character_tokenizer, pico_model

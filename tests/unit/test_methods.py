@@ -13,8 +13,8 @@ from torch import Tensor
 
 from cases import FAMILIES
 from keepshot.errors import ConfigError, ModelError, TrainingError
-from keepshot.models.adapter import check_base
 from keepshot.models.anatomy import anatomy
+from keepshot.models.bases import check_base
 from keepshot.models.checkpoint import TensorReader
 from keepshot.models.loading import LanguageModel
 from keepshot.prompts import Example

@@ -5,15 +5,22 @@ from __future__ import annotations
 import pytest
 
 from keepshot.blending.pick import (
+    BestICL,
+    BestWorst,
     KeepTarget,
     Knee,
+    NoLoss,
     Weighted,
     check_rule,
+    next_lambdas,
+    pareto,
     parse_rule,
     pick,
+    with_interval,
 )
 from keepshot.errors import ConfigError
-from keepshot.records import PathPoint
+from keepshot.records import ItemResult, PathPoint
+from keepshot.scoring.summary import path_points, resample_path
 
 # lambda: (few-shot score, target); the shape measured on a small model tuned hard.
 DAMAGED = {
@@ -179,3 +186,135 @@ def test_what_a_rule_needs_is_checked_before_measuring() -> None:
     check_rule(Weighted(), [0.5, 1.0], has_target=True)
     with pytest.raises(ConfigError, match="name one with --target"):
         pick(path({0.0: (0.5, None), 1.0: (0.5, None)}), KeepTarget())
+
+
+def test_pareto_leaves_out_what_another_lambda_beats() -> None:
+    # 0.3 is beaten by 0.2 in both; 0.8 and 1 by 0.5 in one at an equal other.
+    assert pareto(path(DAMAGED)) == [0.1, 0.2, 0.5]
+    assert pick(path(DAMAGED), KeepTarget()).pareto == [0.1, 0.2, 0.5]
+    assert pareto(path({0.0: (0.5, None), 1.0: (0.4, None)})) == []
+
+
+def with_tasks(points: list[PathPoint], tasks: dict[float, dict[str, float]]) -> list[PathPoint]:
+    return [point.model_copy(update={"tasks": tasks[point.lam]}) for point in points]
+
+
+def test_best_worst_looks_at_the_task_that_lost_most() -> None:
+    scores = {0.0: (0.5, 0.1), 0.5: (0.6, 0.8), 0.7: (0.5, 0.8), 1.0: (0.2, 0.8)}
+    tasks = {
+        0.0: {"a": 0.5, "b": 0.5}, 0.5: {"a": 0.9, "b": 0.3},
+        0.7: {"a": 0.6, "b": 0.4}, 1.0: {"a": 0.2, "b": 0.2},
+    }  # fmt: skip
+    points = with_tasks(path(scores), tasks)
+    record = pick(points, BestWorst())
+    assert record.lam == 0.7
+    assert "b changes by -0.100" in record.reason
+    assert pick(points, BestWorst(share=1.2)).lam is None
+
+
+def test_no_loss_takes_the_best_target_where_nothing_is_significantly_lost() -> None:
+    scores = {0.0: (0.5, 0.1), 0.3: (0.5, 0.4), 0.6: (0.5, 0.7), 1.0: (0.4, 0.8)}
+    points = [
+        point.model_copy(update={"below_base": ["a"] if point.lam > 0.5 else []})
+        for point in path(scores)
+    ]
+    assert pick(points, NoLoss()).lam == 0.3
+    lost = [point.model_copy(update={"below_base": ["a"]}) for point in points]
+    assert pick(lost, NoLoss()).reason.startswith("no lambda does this")
+
+
+@pytest.mark.parametrize("text", ["best-worst:0.8", "no-loss"])
+def test_new_rules_are_read_as_they_are_written(text: str) -> None:
+    assert str(parse_rule(text)) == text
+    with pytest.raises(ConfigError, match="compares with the base"):
+        check_rule(parse_rule(text), [0.5, 1.0], True)
+
+
+def test_midpoints_close_in_on_the_pick() -> None:
+    measured = [0.0, 0.25, 0.5, 1.0]
+    assert next_lambdas(measured, 0.5, 0.1) == [0.375, 0.75]
+    assert next_lambdas(measured, 1.0, 0.1) == [0.75]
+    assert next_lambdas(measured, 0.25, 0.25) == []
+    assert next_lambdas(measured, None, 0.1) == []
+    best, rounds = 0.42, 0
+    while new := next_lambdas(measured, min(measured, key=lambda lam: abs(lam - best)), 0.05):
+        measured, rounds = sorted({*measured, *new}), rounds + 1
+    closest = min(measured, key=lambda lam: abs(lam - best))
+    assert abs(closest - best) <= 0.05
+    assert rounds <= 5
+
+
+def items(lam: float, task: str, shots: int, correct: list[float], seed: int) -> list[ItemResult]:
+    return [
+        ItemResult(
+            arm="path", model="m", lam=lam, task=task, split="validation", shots=shots, seed=seed,
+            item=f"{number:03d}", question="q", gold="g", answer="a", choices=["g", "h"],
+            log_likelihoods=[0.0, 0.0], correct=value, correct_per_character=None,
+            format_failure=0.0, label_leakage=0.0,
+        )
+        for number, value in enumerate(correct)
+    ]  # fmt: skip
+
+
+def measured(shares: dict[float, tuple[float, float]], count: int) -> dict[float, list[ItemResult]]:
+    """Rows with these shares of right answers: few-shot on one task, and the target."""
+    rows: dict[float, list[ItemResult]] = {}
+    for lam, (icl, target) in shares.items():
+        right = [float(n < round(icl * count)) for n in range(count)]
+        hits = [float(n < round(target * count)) for n in range(count)]
+        rows[lam] = [
+            *items(lam, "other", 4, right, 0), *items(lam, "other", 4, right, 1),
+            *items(lam, "target", 0, hits, 0),
+        ]  # fmt: skip
+    return rows
+
+
+def choice(shares: dict[float, tuple[float, float]], count: int):
+    rows = measured(shares, count)
+    points = path_points(rows, rows[0.0], target="target", split="validation")
+    rule = KeepTarget(share=0.9)
+    resampled = resample_path(rows, target="target")
+    return with_interval(pick(points, rule), points, resampled, rule)
+
+
+def test_the_interval_of_a_clear_choice_is_that_choice() -> None:
+    record = choice({0.0: (0.9, 0.0), 0.5: (0.8, 0.9), 1.0: (0.2, 0.9)}, 200)
+    assert record.lam == 0.5
+    assert record.lambda_ci95 == (0.5, 0.5)
+    assert record.share_same == 1.0
+    assert record.share_none == 0.0
+
+
+def test_the_interval_of_a_close_choice_covers_both() -> None:
+    """0.4 has 0.89 of the target's 0.9 bar on the edge: half the resamples take the next one."""
+    record = choice({0.0: (0.9, 0.0), 0.4: (0.8, 0.82), 0.6: (0.7, 0.9), 1.0: (0.2, 0.9)}, 100)
+    assert record.lambda_ci95 == (0.4, 0.6)
+    assert 0.3 < (record.share_same or 0.0) < 0.9
+    again = choice({0.0: (0.9, 0.0), 0.4: (0.8, 0.82), 0.6: (0.7, 0.9), 1.0: (0.2, 0.9)}, 100)
+    assert again == record
+
+
+def test_points_name_the_tasks_that_are_significantly_below_the_base() -> None:
+    rows = measured({0.0: (0.9, 0.0), 0.5: (0.89, 0.5), 1.0: (0.2, 0.9)}, 100)
+    points = path_points(rows, rows[0.0], target="target", split="validation")
+    assert [point.below_base for point in points] == [[], [], ["other"]]
+    assert points[0].tasks == {"other": 0.9}
+    # Resampled with the same questions at every lambda, the mean is the score itself.
+    resampled = resample_path(rows, target="target")
+    assert resampled.icl.mean(axis=0) == pytest.approx([0.9, 0.89, 0.2], abs=0.005)
+    assert resampled.target is not None
+    assert resampled.target.mean(axis=0) == pytest.approx([0.0, 0.5, 0.9], abs=0.01)
+
+
+def test_best_icl_needs_no_target() -> None:
+    points = path({0.0: (0.5, None), 0.5: (0.6, None), 1.0: (0.4, None)})
+    check_rule(parse_rule("best-icl"), [0.5, 1.0], False)
+    record = pick(points, BestICL())
+    assert record.lam == 0.5
+    assert "inside the path" in record.reason
+    rows = measured({0.0: (0.5, 0.0), 0.5: (0.9, 0.5), 1.0: (0.4, 0.9)}, 100)
+    rows = {lam: [row for row in own if row.shots] for lam, own in rows.items()}
+    points = path_points(rows, rows[0.0], target=None, split="validation")
+    found = with_interval(pick(points, BestICL()), points, resample_path(rows, target=None),
+                          BestICL())  # fmt: skip
+    assert (found.lam, found.lambda_ci95) == (0.5, (0.5, 0.5))

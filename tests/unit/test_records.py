@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from keepshot import records
+from keepshot import outputs, records
 from keepshot.errors import ConfigError, OutputError
 from keepshot.records import Cost, ItemResult, ResultDocument
 
@@ -77,7 +77,7 @@ def test_a_full_disk_is_said_in_words() -> None:
         with Path("/dev/full").open("w", encoding="utf-8") as full:
             full.write("x" * 10_000)
     except OSError as caught:
-        error = records._output_error(caught, Path("out"))
+        error = outputs.output_error(caught, Path("out"))
     assert isinstance(error, OutputError)
     assert "the disk is full" in str(error)
 

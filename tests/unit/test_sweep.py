@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import LoraConfig, OFTConfig, get_peft_model
 from torch import Tensor
 
 from cases import FAMILIES
@@ -168,7 +168,7 @@ def with_adapter(model: LanguageModel, config: object) -> LanguageModel:
     module = get_peft_model(model.module, config).eval()  # type: ignore[arg-type]
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if "lora_" in name or "ia3" in name:
+            if "lora_" in name:
                 parameter.normal_(0.0, 0.1)
     return dataclasses.replace(model, module=module)
 
@@ -216,14 +216,10 @@ def test_the_adapter_scale_is_put_back_after_an_exception(fresh_pico: Build) -> 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (lora(use_dora=True), "DoRA rescales whole weight columns"),
         (lora(modules_to_save=["lm_head"]), "whole modules were trained beside the adapter"),
         (lora(bias="all"), "biases were trained beside the adapter"),
         (lora(init_lora_weights="pissa"), "changed base weights.*'pissa'"),
-        (
-            IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
-            "an adapter of type 'IA3' cannot be scaled",
-        ),
+        (OFTConfig(r=4, oft_block_size=0, target_modules=["k_proj"]), "type 'OFT' cannot be"),
     ],
 )
 def test_adapters_that_are_not_exact_are_refused_by_name(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -20,11 +20,13 @@ from cases import FAMILIES
 from keepshot.blending import write as write_module
 from keepshot.blending.blend import blend, realised_lambda, same_bits
 from keepshot.blending.card import BlendRecord
-from keepshot.blending.write import MAX_SHARD_BYTES, Output, verify, write
+from keepshot.blending.planning import Writing
+from keepshot.blending.write import Watch, verify, write
 from keepshot.errors import ConfigError, ModelError, OutputError
-from keepshot.models.adapter import BASE_RECORD
+from keepshot.models.bases import BASE_RECORD
 from keepshot.models.checkpoint import TensorReader
 from keepshot.models.loading import LanguageModel
+from keepshot.progress import Silent
 
 LAMS = [0.0, 0.1, 0.5, 1.0, 1.3]
 Build = Callable[..., LanguageModel]
@@ -82,8 +84,8 @@ def test_shard_layouts_make_no_difference(
     base = save(first, tmp_path / "base", shard_bytes=shards[0])
     tuned = save(last, tmp_path / "tuned", shard_bytes=shards[1])
     write(*whole, 0.6, tmp_path / "plain")
-    output = Output(max_shard_bytes=shards[2] or MAX_SHARD_BYTES)
-    record = write(base, tuned, 0.6, tmp_path / "out", output=output)
+    options = Writing() if shards[2] is None else Writing(max_shard_bytes=shards[2])
+    record = write(base, tuned, 0.6, tmp_path / "out", options)
     assert_same_bits(tensors(tmp_path / "out"), tensors(tmp_path / "plain"))
     written = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     assert (len(written) > 1) == (shards[2] is not None)
@@ -154,7 +156,7 @@ def test_a_tuned_side_without_tokenizer_takes_the_bases_and_says_so(
 
 def test_record_and_card_say_what_was_done(pair: tuple[Path, Path], tmp_path: Path) -> None:
     record = write(*pair, 0.4, tmp_path / "out")
-    content = json.loads((tmp_path / "out" / "blend.json").read_text(encoding="utf-8"))
+    content = json.loads((tmp_path / "out" / "keepshot.json").read_text(encoding="utf-8"))
     assert content["lambda"] == 0.4
     assert content["schema"] == 1
     assert BlendRecord.read(tmp_path / "out") == record
@@ -182,7 +184,7 @@ def test_dtype_is_converted_recorded_and_the_realised_lambda_told(
             content[name] = origin[name] + step
 
     rewrite(pair[1], nudge)
-    record = write(*pair, 0.1, tmp_path / "out", output=Output(dtype="bfloat16"))
+    record = write(*pair, 0.1, tmp_path / "out", Writing(dtype="bfloat16"))
     found, end = tensors(tmp_path / "out"), tensors(pair[1])
     assert_same_bits(found, {n: blend(origin[n], end[n], 0.1).bfloat16() for n in origin})
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
@@ -277,7 +279,7 @@ def test_bad_requests_are_refused_before_anything_is_read(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="lambda nan is not a number"):
         write(nowhere, nowhere, math.nan, tmp_path / "out")
     with pytest.raises(ConfigError, match="dtype 'bfloat1' is unknown; nearest is 'bfloat16'"):
-        write(nowhere, nowhere, 0.5, tmp_path / "out", output=Output(dtype="bfloat1"))
+        write(nowhere, nowhere, 0.5, tmp_path / "out", Writing(dtype="bfloat1"))
     with pytest.raises(ModelError, match="nowhere"):
         write(nowhere, nowhere, 0.5, tmp_path / "out")
 
@@ -304,20 +306,16 @@ def test_a_disk_too_full_is_told_before_writing(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("after", [0, 5])
-def test_interrupted_leaves_nothing(
-    error: type[BaseException], after: int, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+def test_interrupted_before_a_shard_is_whole_leaves_nothing(
+    error: type[BaseException], pair: tuple[Path, Path]
 ) -> None:
-    original, calls = write_module.blend_, []
+    class Stopper(Silent):
+        def stage(self, title: str) -> None:
+            if title == "blending":
+                raise error("stop")
 
-    def interrupted(*arguments: object) -> None:
-        if len(calls) == after:
-            raise error("stop")
-        calls.append(1)
-        original(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(write_module, "blend_", interrupted)
-    refused(*pair, "stop", error=error)
+    with pytest.raises(error, match="stop"):
+        write(*pair, 0.5, pair[0].parent / "out", watch=Watch(progress=Stopper()))
     assert sorted(p.name for p in pair[0].parent.iterdir()) == ["base", "tuned"]
 
 
@@ -335,9 +333,9 @@ def test_verify_names_what_changed(pair: tuple[Path, Path], tmp_path: Path) -> N
     (out / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"tokenizer.json: missing"):
         verify(out)
-    with pytest.raises(ModelError, match=r"no blend.json, so this is no finished blend"):
+    with pytest.raises(ModelError, match=r"no keepshot.json, so this is no finished blend"):
         verify(pair[0])
-    (out / "blend.json").write_text('{"schema": 1}', encoding="utf-8")
+    (out / "keepshot.json").write_text('{"schema": 1}', encoding="utf-8")
     with pytest.raises(ModelError, match="not a record of a blend"):
         verify(out)
 
@@ -397,10 +395,4 @@ def test_adapters_that_do_not_fit_or_are_not_exact_are_refused(
     refused(other, lora, "does not have; this adapter was trained on another base")
     refused(lora, lora, "is an adapter; base must be a whole model")
     with pytest.raises(ConfigError, match="an adapter takes one lambda and keeps its dtype"):
-        write(base, lora, 0.5, tmp_path / "out", output=Output(dtype="float16"))
-    dora = LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)
-    refused(base, adapter(fresh_pico("llama"), tmp_path / "dora", dora), "DoRA rescales")
-    ia3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
-    refused(
-        base, adapter(fresh_pico("llama"), tmp_path / "ia3", ia3), "type 'IA3' cannot be scaled"
-    )
+        write(base, lora, 0.5, tmp_path / "out", Writing(dtype="float16"))

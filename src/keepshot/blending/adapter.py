@@ -1,9 +1,15 @@
-"""Lambda for PEFT adapters: for LoRA and rsLoRA it is a factor on B @ A, exactly.
+"""Lambda for PEFT adapters, exactly: an adapter at lambda is again an adapter of its kind.
 
-base + lambda * (base + s B A - base) = base + (lambda * s) B A, so no weight of the base is read.
-What is not linear in one factor (DoRA, IA3, trained copies of whole modules, initialisations
-that change the base) is refused by name. Reads saved adapters; does not load peft.
-Source: huggingface/peft issue 1940; arXiv 2106.09685 (LoRA), 2312.03732 (rsLoRA).
+- LoRA, rsLoRA: base + lambda * s B A, so lambda is a factor on B; no weight of the base is read.
+- IA3: W scaled by l becomes W scaled by 1 + lambda * (l - 1).
+- DoRA: W' = (m / c) (W + s B A) with c the row norms of W + s B A. At lambda every row is
+  d W + (lambda m / c) s B A with d = 1 - lambda + lambda m / c, which is the DoRA adapter of
+  B' = (lambda m / (c d)) B and m' = d * the row norms of W + s B' A.
+
+What is none of these (other kinds, trained copies of whole modules, initialisations that change
+the base) is refused by name. Reads saved adapters; does not load peft.
+Source: huggingface/peft issue 1940; arXiv 2106.09685 (LoRA), 2312.03732 (rsLoRA), 2205.05638
+(IA3), 2402.09353 (DoRA, eq. 5; its form at lambda is ours).
 """
 
 from __future__ import annotations
@@ -11,16 +17,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from keepshot.blending.blend import same_bits
+from keepshot.blending.stream import same_bytes
 from keepshot.errors import ModelError
-from keepshot.models.checkpoint import TensorReader
+from keepshot.models.shards import Checkpoint, StoredTensor
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 # B starts at zero (or BA at least leaves the base weights alone), so lambda 0 is the base.
 _BASE_KEEPING_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 # Whatever of these is set makes the adapter more, or other, than a factor times B @ A.
 _NOT_LINEAR = {
-    "use_dora": "DoRA rescales whole weight columns",
     "use_qalora": "QALoRA pools its input",
     "use_bdlora": "block-diagonal LoRA",
     "arrow_config": "Arrow routes between adapters",
@@ -43,11 +51,15 @@ _ROLES = {
     ".lora_embedding_A": "A",
     ".lora_embedding_B": "B",
     ".base_layer.weight": "copy",
+    ".ia3_l": "L",
+    ".lora_magnitude_vector": "M",
 }
+# The value of a moving tensor at which the adapter changes nothing.
+_ORIGINS = {"B": 0.0, "bias": 0.0, "L": 1.0}
 
 
 def check_exact(config: Mapping[str, Any], *, where: str) -> None:
-    """Check that lambda for this adapter is exactly one factor on B @ A.
+    """Check that lambda can be put into this adapter exactly.
 
     Args:
         config: the content of `adapter_config.json`, or `PeftConfig.to_dict()`.
@@ -57,36 +69,44 @@ def check_exact(config: Mapping[str, Any], *, where: str) -> None:
         ModelError: naming what is not exact.
     """
     kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
-    if kind != "LORA":
+    if kind not in ("LORA", "IA3"):
         raise ModelError(
-            f"{where}: an adapter of type {kind!r} cannot be scaled by lambda; only LoRA and "
-            "rsLoRA can. Merge it into its base and blend the two directories"
+            f"{where}: an adapter of type {kind!r} cannot be scaled by lambda; only LoRA, rsLoRA, "
+            "DoRA and IA3 can. Merge it into its base and blend the two directories"
         )
     reason = next((text for key, text in _NOT_LINEAR.items() if config.get(key)), None)
     if reason is None and config.get("bias", "none") != "none":
         reason = f"biases were trained beside the adapter (bias={config['bias']!r})"
     start = config.get("init_lora_weights", True)
+    if reason is None and config.get("use_dora") and config.get("alpha_pattern"):
+        reason = "DoRA with a scale per module (alpha_pattern)"
     if reason is None and start not in _BASE_KEEPING_STARTS:
         reason = f"it started from changed base weights (init_lora_weights={start!r})"
     if reason is not None:
         raise ModelError(
-            f"{where}: lambda as a factor on this LoRA adapter is not exact: {reason}. "
+            f"{where}: lambda as a factor on this adapter is not exact: {reason}. "
             "Merge it into its base and blend the two directories"
         )
 
 
-def check_adapts(adapter: TensorReader, base: TensorReader) -> None:
-    """Check that every tensor of a saved adapter is a LoRA matrix that fits a weight of `base`.
+def check_adapts(adapter: Checkpoint, base: Checkpoint) -> dict[str, float | None]:
+    """Check that every tensor of a saved adapter fits a weight of `base`.
+
+    Returns:
+        By tensor, the value at which it would change nothing (0 for B), from which lambda counts;
+        None for tensors that lambda leaves as they are.
 
     Raises:
-        ModelError: naming the tensor that does not.
+        ModelError: naming the tensor that does not fit.
     """
-    for name in adapter.names:
+    origins: dict[str, float | None] = {}
+    for name, tensor in adapter.tensors.items():
         module, role = _split(name)
+        origins[name] = _ORIGINS.get(role or "")
         if role is None:
             raise ModelError(
-                f"{adapter.directory}: tensor {name!r} is no LoRA matrix, so lambda as a factor is "
-                "not exact. Merge the adapter into its base and blend the two directories"
+                f"{adapter.directory}: tensor {name!r} is no LoRA matrix or IA3 vector, so "
+                "lambda is not exact. Merge the adapter into its base and blend the two directories"
             )
         weight = _base_weight(module, base)
         if weight is None:
@@ -96,23 +116,22 @@ def check_adapts(adapter: TensorReader, base: TensorReader) -> None:
             )
         if role == "copy":
             # peft keeps a copy of an adapted embedding; one that was resized is no copy any more.
-            if not same_bits(adapter.read(name), base.read(weight)):
+            if not same_bytes(tensor, base.tensors[weight]):
                 raise ModelError(
                     f"{adapter.directory}: tensor {name!r} is not the base's {weight!r}, so lambda "
                     "as a factor is not exact. Merge the adapter into its base and blend the two"
                 )
             continue
-        side = adapter.shape(name)[0 if role == "B" else -1]
-        if role != "bias" and side not in base.shape(weight):
+        shape = base.tensors[weight].shape
+        side = tensor.shape[0 if role == "B" else -1]
+        if role == "L":  # a row or a column
+            side = max(tensor.shape)
+        if role != "bias" and side not in shape:
             raise ModelError(
-                f"{adapter.directory}: tensor {name!r} has shape {adapter.shape(name)}, the base's "
-                f"{weight!r} {base.shape(weight)}; this adapter was trained on another base"
+                f"{adapter.directory}: tensor {name!r} has shape {tensor.shape}, the base's "
+                f"{weight!r} {shape}; this adapter was trained on another base"
             )
-
-
-def scales(name: str) -> bool:
-    """Tell whether lambda multiplies this tensor of a saved adapter (B, and B's bias)."""
-    return _split(name)[1] in ("B", "bias")
+    return origins
 
 
 def _split(name: str) -> tuple[str, str | None]:
@@ -122,8 +141,31 @@ def _split(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def _base_weight(module: str, base: TensorReader) -> str | None:
+def _base_weight(module: str, base: Checkpoint) -> str | None:
     """Find the adapted weight; a checkpoint may leave out the name of the outermost module."""
-    known = set(base.names)
     candidates = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
-    return next((name for name in candidates if name in known), None)
+    return next((name for name in candidates if name in base.tensors), None)
+
+
+def dora_triples(
+    adapter: Checkpoint, base: Checkpoint
+) -> dict[str, tuple[StoredTensor, StoredTensor, StoredTensor, StoredTensor]]:
+    """Return weight, A, B and magnitude of every module of a DoRA adapter, by module.
+
+    Raises:
+        ModelError: if a module has other tensors (embeddings, biases).
+    """
+    roles: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in adapter.tensors.items():
+        module, role = _split(name)
+        roles.setdefault(module, {})[role or name] = tensor
+    found: dict[str, tuple[StoredTensor, StoredTensor, StoredTensor, StoredTensor]] = {}
+    for module, parts in roles.items():
+        weight = _base_weight(module, base)
+        if parts.keys() != {"A", "B", "M"} or weight is None:
+            raise ModelError(
+                f"{adapter.directory}: {module!r} is no linear layer with DoRA, so lambda is not "
+                "exact. Merge the adapter into its base and blend the two directories"
+            )
+        found[module] = (base.tensors[weight], parts["A"], parts["B"], parts["M"])
+    return found

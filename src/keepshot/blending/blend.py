@@ -1,48 +1,26 @@
 """The arithmetic of partial adaptation: base + lambda * (tuned - base), one tensor at a time.
 
-Pure: knows neither files nor models. Everything that blends (a sweep in memory, a stream to
-disk) goes through `blend_`, so that all of them give the same bits.
+Pure: knows neither files nor models. The operations and their order are those of
+`keepshot.blending.arithmetic`, so that a sweep in memory and a stream to disk give the same bits.
 Source: arXiv 2504.11626 (one scalar for all tensors); arXiv 2109.01903 (WiSE-FT).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from keepshot.errors import ConfigError, ModelError
-
-LambdaRule = Callable[[str], float]
-"""A pure function from a tensor's name to its lambda."""
+from keepshot.blending.arithmetic import RowLambda
+from keepshot.blending.rules import check_lambda
+from keepshot.errors import ModelError
 
 CHUNK_ELEMENTS = 1 << 17
 """Elements worked on at a time where a wider copy is needed: bounds memory, stays in cache."""
 
 _BLENDABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def as_rule(lam: float | LambdaRule) -> LambdaRule:
-    """Return `lam` as a function of the tensor's name; a number means the same for every tensor."""
-    return lam if callable(lam) else lambda _name: lam
-
-
-def check_lambda(lam: object) -> str | None:
-    """Check one lambda, and return a note for the user if it lies outside [0, 1].
-
-    Raises:
-        ConfigError: if `lam` is not a finite number.
-    """
-    # Booleans are integers to Python, but `lambda: true` in a file is a slip.
-    if isinstance(lam, bool) or not isinstance(lam, (int, float)) or not math.isfinite(lam):
-        raise ConfigError(f"lambda {lam!r} is not a number; give one such as 0.4")
-    if 0.0 <= lam <= 1.0:
-        return None
-    side = "beyond the tuned model" if lam > 1.0 else "away from the tuned model"
-    return f"lambda {lam:g} lies outside 0..1: this extrapolates {side}; measure before you use it"
 
 
 def check_pair(name: str, base: Tensor, tuned: Tensor) -> None:
@@ -121,30 +99,47 @@ def blended_dtype(base: torch.dtype, tuned: torch.dtype, lam: float) -> torch.dt
     return torch.promote_types(base, tuned)
 
 
-def blend_(out: Tensor, base: Tensor, tuned: Tensor, lam: float) -> None:
+def blend_(out: Tensor, base: Tensor, tuned: Tensor, lam: float | RowLambda) -> None:
     """Write base + lam * (tuned - base) into `out`, rounding once to its dtype.
 
-    Checks nothing: call `check_pair` first. `out` must not share memory with `tuned`.
+    Checks nothing: call `check_pair` first. `out` must not share memory with `base` or `tuned`.
     """
-    # Copies, not arithmetic: `lerp` at 0 turns -0.0 into 0.0, and at 1 relies on rounding luck.
+    # Copies, not arithmetic: a sum with 0 turns -0.0 into 0.0, and at 1 relies on rounding luck.
     if lam == 0.0:
         out.copy_(base)
     elif lam == 1.0 or not base.is_floating_point():
         out.copy_(tuned)
-    elif out.dtype == base.dtype == tuned.dtype and out.dtype in (torch.float32, torch.float64):
-        torch.lerp(base, tuned, lam, out=out)
+    elif isinstance(lam, RowLambda):
+        _blend_rows_(out, base, tuned, lam)
+    elif not (out.is_contiguous() and base.is_contiguous() and tuned.is_contiguous()):
+        wide = _accumulator(base, tuned)
+        out.copy_(_sum(base.to(wide), tuned.to(wide), lam))
     else:
-        _blend_widened_(out, base, tuned, lam)
+        wide = _accumulator(base, tuned)
+        pieces = zip(_chunks(out), _chunks(base), _chunks(tuned), strict=True)
+        for out_piece, base_piece, tuned_piece in pieces:
+            out_piece.copy_(_sum(base_piece.to(wide), tuned_piece.to(wide), lam))
 
 
-def _blend_widened_(out: Tensor, base: Tensor, tuned: Tensor, lam: float) -> None:
+def _sum(base: Tensor, tuned: Tensor, lam: float) -> Tensor:
+    # Not `lerp`: it fuses the product with the sum on some processors and not on others.
+    delta = tuned - base
+    near_base = abs(lam) < 0.5
+    delta *= lam if near_base else lam - 1.0
+    delta += base if near_base else tuned
+    return delta
+
+
+def _blend_rows_(out: Tensor, base: Tensor, tuned: Tensor, lam: RowLambda) -> None:
     wide = _accumulator(base, tuned)
-    if not (out.is_contiguous() and base.is_contiguous() and tuned.is_contiguous()):
-        out.copy_(torch.lerp(base.to(wide), tuned.to(wide), lam))
-        return
-    pieces = zip(_chunks(out), _chunks(base), _chunks(tuned), strict=True)
-    for out_piece, base_piece, tuned_piece in pieces:
-        out_piece.copy_(torch.lerp(base_piece.to(wide), tuned_piece.to(wide), lam))
+    for value in sorted(set(lam.values)):
+        places = [place for place, other in enumerate(lam.values) if other == value]
+        rows = torch.tensor(places, device=base.device)
+        dim = 0 if lam.axis == 0 else base.ndim - 1
+        ends = (side.index_select(dim, rows).to(wide) for side in (base, tuned))
+        origin, end = ends
+        part = origin if value == 0.0 else end if value == 1.0 else _sum(origin, end, value)
+        out.index_copy_(dim, rows, part.to(out.dtype))
 
 
 def _accumulator(base: Tensor, tuned: Tensor) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""What lies beside a written blend: its record (`blend.json`), and a short model card.
+"""What lies beside a written blend: its record (`keepshot.json`), and a short model card.
 
 Knows nothing of tensors.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from keepshot import __version__
 from keepshot.errors import ModelError
 
-RECORD_NAME = "blend.json"
+RECORD_NAME = "keepshot.json"
 CARD_NAME = "README.md"
 SCHEMA = 1
 
@@ -24,13 +24,28 @@ class RealisedLambda:
     """Where rounding let the weights land: slopes of (written - base) on (tuned - base).
 
     `overall` is over all weights together; `lowest` and `highest` are the furthest tensors, by
-    name. `num_changed` counts tensors that tuning changed at all; only they have a slope.
+    name. `num_changed` counts tensors that tuning changed at all; only they have a slope, and
+    `by_tensor` holds it. Where two differences are added, slopes are on their weighted sum: 1 is
+    exact.
     """
 
     overall: float | None
     lowest: tuple[str, float] | None
     highest: tuple[str, float] | None
     num_changed: int
+    by_tensor: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_sums(cls, sums: Mapping[str, tuple[float, float]]) -> RealisedLambda:
+        """Compute the slopes from <written - base, delta> and |delta|^2 of every tensor."""
+        changed = {name: pair for name, pair in sums.items() if pair[1] > 0.0}
+        if not changed:
+            return cls(None, None, None, 0)
+        slopes = {name: along / norm for name, (along, norm) in changed.items()}
+        lowest, highest = (choose(slopes, key=lambda name: slopes[name]) for choose in (min, max))
+        along, norm = (sum(pair[n] for pair in changed.values()) for n in (0, 1))
+        ends = (lowest, slopes[lowest]), (highest, slopes[highest])
+        return cls(along / norm, *ends, len(slopes), slopes)
 
 
 @dataclass(frozen=True)
@@ -38,7 +53,8 @@ class BlendRecord:
     """What was written, from what.
 
     `lam` is None where lambda differed by tensor. The sha256 are by file name: of every weight
-    file of both inputs, and of every file of the output but the record itself.
+    file of both inputs, and of every file of the output but the record itself; none where
+    hashing was left out. `second` is the further model that was added, with its factor.
     """
 
     kind: Literal["model", "adapter"]
@@ -53,6 +69,10 @@ class BlendRecord:
     tuned_sha256: dict[str, str]
     output_sha256: dict[str, str]
     notes: tuple[str, ...] = ()
+    rounding: str = "nearest"
+    seed: int = 0
+    second: tuple[str, float] | None = None
+    checked: tuple[str, ...] = ()
     keepshot: str = __version__
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,10 +126,16 @@ def model_card(record: BlendRecord) -> str:
     ]  # fmt: skip
     if record.realised.overall is not None:
         lines.append(f"| lambda realised after rounding | {record.realised.overall:.4f} |")
-    lines += ["", "Tokenizer, chat template and generation settings are the tuned model's."]
+    if record.rounding != "nearest":
+        lines.append(f"| rounding | {record.rounding}, seed {record.seed} |")
+    if record.second is not None:
+        lines.append(f"| added | {record.second[1]:g} x (`{Path(record.second[0]).name}` - base) |")
+    lines += ["", "Tokenizer, chat template and generation settings are the tuned model's,",
+              "unless a note says otherwise."]  # fmt: skip
     if record.notes:
         lines += ["", "Notes:", *(f"- {note}" for note in record.notes)]
-    lines += ["", "sha256 of the inputs:", ""]
+    if record.base_sha256:
+        lines += ["", "sha256 of the inputs:", ""]
     lines += _hashes("base", record.base_sha256) + _hashes("tuned", record.tuned_sha256)
     lines += ["", f"`keepshot verify` checks the files here against `{RECORD_NAME}`.", ""]
     return "\n".join(lines)

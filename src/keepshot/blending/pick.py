@@ -9,11 +9,16 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Literal, assert_never
 
+import numpy as np
 from pydantic import Field
 
 from keepshot.errors import ConfigError, unknown
 from keepshot.records import PathPoint, PickRecord
+from keepshot.scoring.summary import ResampledPath
 from keepshot.specs import Spec
+
+NUM_CHOICES = 1000
+"""How often the choice is repeated for the interval of its lambda."""
 
 
 class KeepTarget(Spec):
@@ -50,12 +55,48 @@ class Weighted(Spec):
         return f"{self.name}:{self.weight:g}"
 
 
-PickRule = Annotated[KeepTarget | Knee | Weighted, Field(discriminator="name")]
+class BestICL(Spec):
+    """The best few-shot score on the whole path, whatever the target; needs no target."""
 
-_EXAMPLES = {"keep-target": "keep-target:0.9", "knee": "knee", "weighted": "weighted:2"}
+    name: Literal["best-icl"] = "best-icl"
+
+    def __str__(self) -> str:
+        """Return the form that `parse_rule` reads."""
+        return self.name
 
 
-def parse_rule(text: str) -> KeepTarget | Knee | Weighted:
+class BestWorst(Spec):
+    """Among lambdas that keep enough of the target score, that whose worst task lost least."""
+
+    name: Literal["best-worst"] = "best-worst"
+    share: float = Field(default=0.9, gt=0.0, le=2.0)
+    """Least target score, as a share of the tuned model's (that at lambda 1)."""
+
+    def __str__(self) -> str:
+        """Return the form that `parse_rule` reads."""
+        return f"{self.name}:{self.share:g}"
+
+
+class NoLoss(Spec):
+    """The best target score among lambdas at which no task is significantly below the base."""
+
+    name: Literal["no-loss"] = "no-loss"
+
+    def __str__(self) -> str:
+        """Return the form that `parse_rule` reads."""
+        return self.name
+
+
+AnyRule = KeepTarget | Knee | Weighted | BestWorst | NoLoss | BestICL
+PickRule = Annotated[AnyRule, Field(discriminator="name")]
+
+_EXAMPLES = {
+    "keep-target": "keep-target:0.9", "knee": "knee", "weighted": "weighted:2",
+    "best-worst": "best-worst:0.9", "no-loss": "no-loss", "best-icl": "best-icl",
+}  # fmt: skip
+
+
+def parse_rule(text: str) -> AnyRule:
     """Read a rule such as `keep-target:0.9`, `weighted:2` or `knee`.
 
     Raises:
@@ -68,7 +109,7 @@ def parse_rule(text: str) -> KeepTarget | Knee | Weighted:
         raise ConfigError(unknown("pick rule", name, _EXAMPLES, listing))
     content: dict[str, str | float] = {"name": name}
     if colon:
-        field = {"keep-target": "share", "weighted": "weight"}.get(name)
+        field = {"keep-target": "share", "best-worst": "share", "weighted": "weight"}.get(name)
         if field is None:
             raise ConfigError(f"pick rule {text!r}: {name} takes no number; write {name!r}")
         content[field] = _number(number, text)
@@ -77,19 +118,28 @@ def parse_rule(text: str) -> KeepTarget | Knee | Weighted:
             return KeepTarget.from_mapping(content, source=f"pick rule {text!r}")
         case "weighted":
             return Weighted.from_mapping(content, source=f"pick rule {text!r}")
+        case "best-worst":
+            return BestWorst.from_mapping(content, source=f"pick rule {text!r}")
+        case "no-loss":
+            return NoLoss.from_mapping(content, source=f"pick rule {text!r}")
+        case "best-icl":
+            return BestICL.from_mapping(content, source=f"pick rule {text!r}")
         case _:
             return Knee.from_mapping(content, source=f"pick rule {text!r}")
 
 
-def check_rule(rule: KeepTarget | Knee | Weighted, lams: Sequence[float], has_target: bool) -> None:
+def check_rule(rule: AnyRule, lams: Sequence[float], has_target: bool) -> None:
     """Check, before anything is measured, that a sweep can serve the rule.
 
     Raises:
         ConfigError: if there is no target, or a lambda that the rule compares with is not swept.
     """
+    if isinstance(rule, BestICL):
+        return
     if not has_target:
         raise ConfigError(f"pick rule {str(rule)!r} weighs a target score; name one with --target")
-    ends = {1.0: "the tuned model"} | ({0.0: "the base"} if isinstance(rule, Knee) else {})
+    compared = isinstance(rule, Knee | BestWorst | NoLoss)
+    ends = {1.0: "the tuned model"} | ({0.0: "the base"} if compared else {})
     for needed, side in ends.items():
         if needed not in lams:
             raise ConfigError(
@@ -98,7 +148,7 @@ def check_rule(rule: KeepTarget | Knee | Weighted, lams: Sequence[float], has_ta
             )
 
 
-def pick(points: Sequence[PathPoint], rule: KeepTarget | Knee | Weighted) -> PickRecord:
+def pick(points: Sequence[PathPoint], rule: AnyRule) -> PickRecord:
     """Pick a lambda by `rule` from points measured on validation items, in any order.
 
     Args:
@@ -123,9 +173,145 @@ def pick(points: Sequence[PathPoint], rule: KeepTarget | Knee | Weighted) -> Pic
             lam, reason = _knee(path)
         case Weighted():
             lam, reason = _weighted(path, rule.weight)
+        case BestWorst():
+            lam, reason = _best_worst(path, rule.share)
+        case NoLoss():
+            lam, reason = _no_loss(path)
+        case BestICL():
+            lam, reason = _best_icl(path)
         case _:
             assert_never(rule)
-    return PickRecord.model_validate({"rule": str(rule), "lambda": lam, "reason": reason})
+    return PickRecord.model_validate(
+        {"rule": str(rule), "lambda": lam, "reason": reason, "pareto": pareto(path)}
+    )
+
+
+def pareto(points: Sequence[PathPoint]) -> list[float]:
+    """Return the lambdas that no other beats in few-shot or target score without losing either."""
+    if any(point.target is None for point in points):
+        return []
+
+    def beaten(point: PathPoint) -> bool:
+        ends = [(other.icl - point.icl, _target(other) - _target(point)) for other in points]
+        return any(min(end) >= 0.0 and max(end) > 0.0 for end in ends)
+
+    return sorted(point.lam for point in points if not beaten(point))
+
+
+def with_interval(
+    record: PickRecord, points: Sequence[PathPoint], resampled: ResampledPath, rule: AnyRule
+) -> PickRecord:
+    """Return the pick with an interval for its lambda: the whole choice, repeated on resamples.
+
+    Args:
+        record: what `pick` chose from `points`.
+        points: the points measured.
+        resampled: scores under resampled questions and draws.
+        rule: the rule that chose.
+    """
+    path = sorted(points, key=lambda point: point.lam)
+    assert tuple(point.lam for point in path) == resampled.lams
+    chosen = [
+        pick(_resampled_points(path, resampled, number), rule).lam
+        for number in range(min(NUM_CHOICES, len(resampled.icl)))
+    ]
+    found = [lam for lam in chosen if lam is not None]
+    bounds = np.quantile(found, [0.025, 0.975], method="inverted_cdf") if found else None
+    return record.model_copy(
+        update={
+            "lambda_ci95": None if bounds is None else (float(bounds[0]), float(bounds[1])),
+            "share_same": sum(lam == record.lam for lam in chosen) / len(chosen),
+            "share_none": 1.0 - len(found) / len(chosen),
+        }
+    )
+
+
+def next_lambdas(measured: Sequence[float], lam: float | None, width: float) -> list[float]:
+    """Return what to measure next to know a pick more exactly: midpoints on both its sides.
+
+    Args:
+        measured: lambdas that have been measured.
+        lam: the one picked of them; None (no lambda does what is asked) asks for nothing.
+        width: a gap to a neighbour that is no wider is narrow enough.
+    """
+    if lam is None:
+        return []
+    below = max((other for other in measured if other < lam), default=None)
+    above = min((other for other in measured if other > lam), default=None)
+    # Rounded, so that a lambda is the decimal that is shown.
+    return [
+        round((lam + side) / 2, 6)
+        for side in (below, above)
+        if side is not None and abs(side - lam) > width + 1e-9
+    ]
+
+
+def _resampled_points(
+    path: Sequence[PathPoint], resampled: ResampledPath, number: int
+) -> list[PathPoint]:
+    """Return the points as one resample has them; what is significant is not resampled again."""
+    icl, target = resampled.icl[number], resampled.target
+    ability = icl[0] - resampled.chance
+    return [
+        point.model_copy(
+            update={
+                "icl": float(icl[place]),
+                "target": None if target is None else float(target[number, place]),
+                "retention": None
+                if point.retention is None or ability <= 0.0
+                else float((icl[place] - resampled.chance) / ability),
+                "tasks": {name: float(m[number, place]) for name, m in resampled.tasks.items()},
+            }
+        )
+        for place, point in enumerate(path)
+    ]
+
+
+def _best_icl(path: Sequence[PathPoint]) -> tuple[float, str]:
+    chosen = max(path, key=lambda point: (point.icl, -point.lam))
+    where = (
+        "inside the path" if path[0].lam < chosen.lam < path[-1].lam else "at an end of the path"
+    )
+    return chosen.lam, (
+        f"lambda {chosen.lam:g} has the best few-shot score of all {len(path)} lambdas "
+        f"({_ability(chosen)}), {where}"
+    )
+
+
+def _best_worst(path: Sequence[PathPoint], share: float) -> tuple[float | None, str]:
+    tuned, base = _target(_at(path, 1.0)), _at(path, 0.0)
+    floor = share * tuned
+    enough = [point for point in path if _target(point) >= floor - 1e-9]
+    if tuned <= 0.0 or not enough:
+        return None, f"no lambda does this: none has a target score of at least {floor:.3f}"
+
+    def worst(point: PathPoint) -> tuple[float, str]:
+        return min((score - base.tasks[name], name) for name, score in point.tasks.items())
+
+    chosen = max(enough, key=lambda point: (worst(point)[0], point.icl, -point.lam))
+    change, name = worst(chosen)
+    return chosen.lam, (
+        f"lambda {chosen.lam:g} treats its worst task best: {name} changes by {change:+.3f} "
+        f"against the base, among the {len(enough)} of {len(path)} lambdas with a target score of "
+        f"at least {floor:.3f} ({share:g} of the tuned model's {tuned:.3f})"
+    )
+
+
+def _no_loss(path: Sequence[PathPoint]) -> tuple[float | None, str]:
+    base = _at(path, 0.0)
+    safe = [point for point in path if not point.below_base and point.lam != 0.0]
+    better = [point for point in safe if _target(point) > _target(base)]
+    if not better:
+        return None, (
+            "no lambda does this: wherever the target score rises above the base's, some task is "
+            "significantly below the base"
+        )
+    chosen = max(better, key=lambda point: (_target(point), point.icl, -point.lam))
+    return chosen.lam, (
+        f"lambda {chosen.lam:g} has the best target score ({_target(chosen):.3f}) among the "
+        f"{len(safe)} of {len(path) - 1} lambdas at which no task is significantly below the base "
+        "(paired 95 % intervals, task by task)"
+    )
 
 
 def _keep_target(path: Sequence[PathPoint], share: float) -> tuple[float | None, str]:

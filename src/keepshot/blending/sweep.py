@@ -1,24 +1,29 @@
 """Many lambdas on one live model: weights changed in place, the base restored bit for bit.
 
 Knows nothing of what is measured: that is a callback. Memory: one copy of the base's changed
-tensors beside the model and the tuned tensors, however many lambdas there are.
+tensors beside the model, however many lambdas there are, and the tuned tensors if they are given
+live; those of a checkpoint are read again at every lambda, one at a time.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from peft.helpers import rescale_adapter_scale
+from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from keepshot.blending.adapter import check_exact
-from keepshot.blending.blend import blend_, check_lambda, check_pair, same_bits
+from keepshot.blending.blend import blend_, check_pair, same_bits
+from keepshot.blending.dora import dora_at
+from keepshot.blending.rules import LambdaRule, as_rule, check_lambda
 from keepshot.errors import ModelError
 from keepshot.models.checkpoint import TensorReader
 from keepshot.models.loading import LanguageModel
@@ -30,9 +35,10 @@ T = TypeVar("T")
 class _Place:
     """One tensor of the live model with the two ends between which it moves."""
 
+    name: str
     live: Tensor
     base: Tensor
-    tuned: Tensor
+    tuned: Callable[[], Tensor]
 
 
 def sweep(
@@ -40,6 +46,7 @@ def sweep(
     tuned: Mapping[str, Tensor] | TensorReader,
     lams: Sequence[float],
     measure: Callable[[float], T],
+    rule: Callable[[float], LambdaRule] = as_rule,
 ) -> list[tuple[float, T]]:
     """Call `measure(lam)` with `model` at base + lam * (tuned - base), for each lambda in turn.
 
@@ -52,6 +59,7 @@ def sweep(
             any of their names.
         lams: in the order in which they are to be measured.
         measure: reads the model as it then is; its results are returned beside their lambdas.
+        rule: makes of each lambda what each tensor gets; all the same if not given.
 
     Raises:
         ConfigError: if a lambda is not a finite number.
@@ -60,15 +68,14 @@ def sweep(
     """
     for lam in lams:
         check_lambda(lam)
-    if isinstance(tuned, TensorReader):
-        tuned = {name: tuned.read(name) for name in tuned.names}
-    places = _places(model.module, tuned)
+    places = _places(model.module, _Stored(tuned) if isinstance(tuned, TensorReader) else tuned)
     results: list[tuple[float, T]] = []
     with torch.no_grad():
         try:
             for lam in lams:
+                lookup = rule(lam)
                 for place in places:
-                    blend_(place.live, place.base, place.tuned, lam)
+                    blend_(place.live, place.base, place.tuned(), lookup(place.name))
                 results.append((lam, measure(lam)))
         finally:
             _restore_(places)
@@ -97,23 +104,60 @@ def sweep_adapter(
 
 @contextmanager
 def rescale_adapter(module: nn.Module, lam: float) -> Generator[None]:
-    """Within the block, the module is base + lam * (adapted - base), through peft's own scaling.
+    """Within the block, the module is base + lam * (adapted - base).
 
-    Exact for LoRA and rsLoRA; the scales are put back at the end, also after an exception.
+    Exact for LoRA and rsLoRA (through peft's own scaling), DoRA and IA3 (see
+    `keepshot.blending.adapter`); all is put back at the end, also after an exception.
 
     Raises:
         ConfigError: if `lam` is not a finite number.
-        ModelError: if the module has no LoRA adapter, or one for which this is not exact.
+        ModelError: if the module has no adapter, or one for which this is not exact.
     """
     check_lambda(lam)
-    if not _adapted_layers(module):
+    layers = _adapted_layers(module)
+    if not layers:
         raise ModelError("the model carries no LoRA adapter, so there is nothing to scale")
-    with rescale_adapter_scale(module, lam):
-        yield
+    moved = [pair for layer in layers for pair in _at_lambda(layer, lam)]
+    if not moved:
+        with rescale_adapter_scale(module, lam):
+            yield
+        return
+    kept = [(tensor, tensor.clone()) for tensor, _ in moved]
+    with torch.no_grad():
+        try:
+            for tensor, value in moved:
+                tensor.copy_(value)
+            yield
+        finally:
+            for tensor, value in kept:
+                tensor.copy_(value)
 
 
-def _adapted_layers(module: nn.Module) -> Sequence[LoraLayer]:
-    """Return the LoRA layers of a module whose lambda can be set exactly; empty if it has none.
+def _at_lambda(layer: Any, lam: float) -> list[tuple[Tensor, Tensor]]:
+    """Return the tensors of an IA3 or DoRA layer with their values at lambda; none for LoRA."""
+    if isinstance(layer, IA3Layer):
+        return [(v.data, 1.0 + lam * (v.data - 1.0)) for v in layer.ia3_l.values()]
+    found: list[tuple[Tensor, Tensor]] = []
+    for name, dora in layer.lora_magnitude_vector.items():
+        up, down = layer.lora_B[name].weight.data, layer.lora_A[name].weight.data
+        weight = layer.get_base_layer().weight.data
+        weight = weight.T if layer.fan_in_fan_out else weight
+        update = layer.scaling[name] * (up.double() @ down.double())
+        magnitude: Tensor = dora.weight.data
+        ends = [end.double().cpu().numpy() for end in (weight, update, magnitude)]
+        at = dora_at(ends[0], ends[1], ends[2], lam)
+        if at is None:
+            raise ModelError(f"lambda {lam:g} of this DoRA adapter is no DoRA adapter; merge it")
+        factor, size = (torch.from_numpy(values).to(up.device) for values in at)
+        new = (factor[:, None] * up.double()).to(up.dtype)
+        same = lam == 1.0
+        found.append((up, up if same else new))
+        found.append((magnitude, magnitude if same else size))
+    return found
+
+
+def _adapted_layers(module: nn.Module) -> Sequence[Any]:
+    """Return the adapted layers of a module whose lambda can be set exactly; empty if none.
 
     Raises:
         ModelError: if an adapter is of another kind, not exact, or merged into the weights.
@@ -121,7 +165,7 @@ def _adapted_layers(module: nn.Module) -> Sequence[LoraLayer]:
     configs: Mapping[str, Any] = getattr(module, "peft_config", {})
     for name, config in configs.items():
         check_exact(config.to_dict(), where=f"adapter {name!r}")
-    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer | IA3Layer)]
     if any(layer.merged for layer in layers):
         raise ModelError(
             "the adapter is merged into the weights, so its scale has no effect; unmerge it first"
@@ -143,7 +187,7 @@ def _places(module: nn.Module, tuned: Mapping[str, Tensor]) -> list[_Place]:
     if missing:
         raise ModelError(_mismatch(missing, "the base has", "the tuned model has not"))
     places: list[_Place] = []
-    for given in pairs.values():
+    for name, given in pairs.items():
         first, *others = given
         for other in others:
             if not same_bits(tuned[first], tuned[other]):
@@ -153,9 +197,29 @@ def _places(module: nn.Module, tuned: Mapping[str, Tensor]) -> list[_Place]:
                 )
         _check_fits(first, state[first], tuned[first])
         if not same_bits(state[first], tuned[first]):
-            target = tuned[first].to(state[first].device)
-            places.append(_Place(state[first], state[first].clone(), target))
+            read = partial(_on_device, tuned, first, state[first].device)
+            places.append(_Place(name, state[first], state[first].clone(), read))
     return places
+
+
+class _Stored(Mapping[str, Tensor]):
+    """The tensors of a checkpoint, read when they are asked for and not kept."""
+
+    def __init__(self, reader: TensorReader) -> None:
+        self._reader = reader
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._reader.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reader.names)
+
+    def __len__(self) -> int:
+        return len(self._reader.names)
+
+
+def _on_device(tuned: Mapping[str, Tensor], name: str, device: torch.device) -> Tensor:
+    return tuned[name].to(device)
 
 
 def _check_fits(name: str, live: Tensor, tuned: Tensor) -> None:

@@ -1,27 +1,42 @@
-"""Walk the path between two models: write one lambda, or measure many, pick one and write it."""
+"""Walk the path between two models: measure many lambdas, pick one and write it."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from keepshot import records
 from keepshot.assets import AssetStore
-from keepshot.blending.blend import check_lambda
-from keepshot.blending.pick import check_rule, parse_rule, pick
+from keepshot.blending.card import RECORD_NAME
+from keepshot.blending.parts import parts_of
+from keepshot.blending.pick import check_rule, next_lambdas, parse_rule, pick, with_interval
+from keepshot.blending.rules import LambdaRule, as_rule, by_part
 from keepshot.blending.sweep import sweep
-from keepshot.blending.write import check_inputs, write
+from keepshot.blending.write import Watch, check_inputs, write
 from keepshot.errors import ConfigError
+from keepshot.jobs.check import loads_and_generates
+from keepshot.jobs.following import Follower
 from keepshot.jobs.measure import Ledger, model_record, plan_for, read_tasks
+from keepshot.jobs.rules import rule_for
 from keepshot.jobs.specs import BlendSpec, Measuring
 from keepshot.jobs.target import load_target
 from keepshot.jobs.workspace import Workspace
-from keepshot.models.adapter import check_base, is_adapter
-from keepshot.models.loading import LanguageModel, files_of, identify, load
-from keepshot.models.reference import parse_reference
+from keepshot.jobs.write import Locate, find, writing
+from keepshot.models.bases import check_base, is_adapter
+from keepshot.models.identity import directory_sha256
+from keepshot.models.loading import LanguageModel, load, locate
+from keepshot.models.reference import (
+    Embedded,
+    GGUFFile,
+    HubModel,
+    LocalDirectory,
+    parse_reference,
+)
 from keepshot.progress import Progress
-from keepshot.records import ItemResult, ResultDocument, Split
+from keepshot.records import ItemResult, PathPoint, ResultDocument, Split
 from keepshot.scoring.evaluate import Plan, check_prompts
-from keepshot.scoring.summary import path_points, scores, summarise
+from keepshot.scoring.summary import path_points, resample_path, scores, summarise
 from keepshot.tasks.task import Task
 
 
@@ -58,32 +73,26 @@ class Questions:
 def blend(
     spec: BlendSpec, store: AssetStore, workspace: Workspace, progress: Progress
 ) -> ResultDocument:
-    """Write the blend at one lambda, or sweep the path on validation items and write the pick.
+    """Sweep the path on validation items, pick a lambda, and write its blend.
 
     Raises:
         UserError: before any model is loaded, wherever the fault can be seen by then.
     """
     for reference in (spec.base, spec.tuned):
         parse_reference(reference)
-    if spec.sweep is None:
-        assert spec.lam is not None
-        check_lambda(spec.lam)
-        base, tuned = _load_both(spec, store, workspace, progress)
-        _write(base, tuned, spec.lam, workspace, progress)
-        empty = ResultDocument(
-            models=[model_record(base), model_record(tuned)],
-            scores=[],
-            summary=[],
-            cost=records.Cost(),
-        )
-        return workspace.finish(empty, [])
+    assert spec.sweep is not None, "one lambda is written by `jobs.write`"
     check_rule(parse_rule(spec.pick), spec.sweep, spec.target is not None)
     questions = _questions(spec, store, progress)
+    follower = Follower(spec.following, store, workspace, progress)
     base, tuned = _load_both(spec, store, workspace, progress)
     for split in ("validation", "test"):
         for plan in questions.plans(split):
             check_prompts(base, plan)
-    return _sweep_and_pick(spec, questions, (base, tuned), (workspace, progress))
+    # A base often has no chat template, and a path must be asked in the same words all along.
+    follower.chat = tuned
+    follower.check(base, "validation", "test")
+    ask = _Asking(questions, base, Ledger(workspace, progress), follower)
+    return _sweep_and_pick(spec, store, ask, (base, tuned), (workspace, progress))
 
 
 def _questions(spec: BlendSpec, store: AssetStore, progress: Progress) -> Questions:
@@ -96,56 +105,93 @@ def _questions(spec: BlendSpec, store: AssetStore, progress: Progress) -> Questi
     return Questions(target, others, measuring, spec.seed)
 
 
+@dataclass(frozen=True)
+class _Asking:
+    """Puts tasks and instructions to the one live model, whatever its weights are just now."""
+
+    questions: Questions
+    model: LanguageModel
+    ledger: Ledger
+    follower: Follower
+
+    def ask(self, part: str, arm: str, lam: float, split: Split) -> list[ItemResult]:
+        plans, engine = self.questions.plans(split), self.ledger.engine
+        rows = self.ledger.measured(part, self.model, plans, arm=arm, lam=lam)
+        self.follower.follow(
+            f"{part}-instructions", self.model, arm=arm, lam=lam, split=split, engine=engine
+        )
+        return rows
+
+
 def _sweep_and_pick(
     spec: BlendSpec,
-    questions: Questions,
+    store: AssetStore,
+    asking: _Asking,
     pair: tuple[LanguageModel, LanguageModel],
     where: tuple[Workspace, Progress],
 ) -> ResultDocument:
     base, tuned = pair
-    workspace, progress = where
+    workspace, _ = where
+    questions, follower = asking.questions, asking.follower
     assert spec.sweep is not None
-    ledger = Ledger(workspace, progress)
     lams = sorted({0.0, *spec.sweep})
+    at = _lambda_rule(spec, base)
     target = questions.target.name if questions.target else None
     state = tuned.module.state_dict()
-    rows = dict(
-        sweep(
+    rule = parse_rule(spec.pick)
+    rows: dict[float, list[ItemResult]] = {}
+
+    def measure_path(wanted: Sequence[float]) -> list[PathPoint]:
+        found = sweep(
             base,
             state,
-            lams,
-            lambda lam: ledger.measured(
-                f"path-{lam:g}", base, questions.plans("validation"), arm="path", lam=lam
-            ),
+            wanted,
+            lambda lam: asking.ask(f"path-{lam:g}", "path", lam, "validation"),
+            at,
         )
-    )
-    path = path_points(rows, rows[0.0], target=target, split="validation")
-    picked = pick(path, parse_rule(spec.pick))
+        rows.update(dict(found))
+        return path_points(rows, rows[0.0], target=target, split="validation")
+
+    path = measure_path(lams)
+    picked = pick(path, rule)
+    while more := next_lambdas(list(rows), picked.lam, spec.resolution or math.inf):
+        path = measure_path(more)
+        picked = pick(path, rule)
+    picked = with_interval(picked, path, resample_path(rows, target=target), rule)
+    follower.rows.sort(key=lambda row: row.lam or 0.0)
     items: list[ItemResult] = []
     ends = {spec.base: 0.0, spec.tuned: 1.0}
     arms = ends if picked.lam is None else {**ends, "blended": picked.lam}
     for arm, lam in arms.items():
-        found = sweep(
-            base,
-            state,
-            [lam],
-            lambda lam, arm=arm: ledger.measured(
-                f"test-{lam:g}", base, questions.plans("test"), arm=arm, lam=lam
-            ),
-        )
-        items += found[0][1]
+        whole = arm in ends or spec.rule is None
+        part = f"test-{lam:g}" if whole else f"test-ruled-{lam:g}"
+
+        def ask(lam: float, arm: str = arm, part: str = part) -> list[ItemResult]:
+            return asking.ask(part, arm, lam, "test")
+
+        # The ends are the two models themselves, whatever the rule.
+        [(_, found)] = sweep(base, state, [lam], ask, as_rule if arm in ends else at)
+        items += found
     if picked.lam is not None:
-        _write(base, tuned, picked.lam, workspace, progress)
+        _write(base, tuned, picked.lam, (spec, store), where)
     document = ResultDocument(
         models=[model_record(base), model_record(tuned)],
-        scores=scores(items, questions.versions),
-        summary=summarise(items, target=target),
-        cost=ledger.cost,
-        target_task=target,
-        path=path,
-        pick=picked,
-    )
-    return workspace.finish(document, items)
+        scores=scores(items, questions.versions), summary=summarise(items, target=target),
+        cost=asking.ledger.cost, target_task=target, path=path, pick=picked,
+        instructions=follower.scores(),
+    )  # fmt: skip
+    # The path's own rows lie beside them, so that the page can show what flips where.
+    along = [row for lam in sorted(rows) for row in rows[lam]]
+    return workspace.finish(document, [*items, *along], follower.rows)
+
+
+def _lambda_rule(spec: BlendSpec, base: LanguageModel) -> Callable[[float], LambdaRule]:
+    """Return what each tensor gets at a lambda: all the same, or by the spec's rule."""
+    rule = spec.rule
+    if rule is None:
+        return as_rule
+    parts = parts_of(base.module)
+    return lambda lam: by_part(rule, lam, parts)
 
 
 def _load_both(
@@ -153,10 +199,13 @@ def _load_both(
 ) -> tuple[LanguageModel, LanguageModel]:
     """Check by the files that the two fit, then load them, an adapter on the base given."""
     progress.stage("checking that the two fit")
-    base_path, tuned_path = (files_of(name, store) for name in (spec.base, spec.tuned))
+    find_model = _locate(spec, store)
+    base_path, tuned_path = (find(name, find_model) for name in (spec.base, spec.tuned))
     if is_adapter(tuned_path):
-        check_base(tuned_path, identify(spec.base, store), spec.base)
-    check_inputs(base_path, tuned_path)
+        if spec.rule is not None:
+            raise ConfigError("an adapter takes one lambda; merge it into its base for a `rule`")
+        check_base(tuned_path, directory_sha256(base_path, store), spec.base)
+    check_inputs(base_path, tuned_path, writing(spec, find_model))
     workspace.begin()
     loaded: list[LanguageModel] = []
     on_base = f"{spec.base}+{tuned_path}" if is_adapter(tuned_path) else spec.tuned
@@ -177,13 +226,27 @@ def _write(
     base: LanguageModel,
     tuned: LanguageModel,
     lam: float,
-    workspace: Workspace,
-    progress: Progress,
+    how: tuple[BlendSpec, AssetStore],
+    where: tuple[Workspace, Progress],
 ) -> None:
+    spec, store = how
+    workspace, progress = where
     # An adapter stays one: scaling it is exact, and it stays small.
     kind = "adapter" if is_adapter(tuned.path) else "model"
     out_dir = workspace.path / kind
-    if (out_dir / "blend.json").exists():
+    if (out_dir / RECORD_NAME).exists():
         return
     progress.stage(f"writing lambda {lam:g}")
-    write(base.path, tuned.path, lam, out_dir, names=(base.reference, tuned.reference))
+    trust = spec.trust_remote_code
+    check = loads_and_generates(spec.base, store, trust_remote_code=trust) if spec.check else None
+    find_model = _locate(spec, store)
+    rule = rule_for(spec.model_copy(update={"lam": lam}), find_model) if spec.rule else lam
+    options = writing(spec, find_model)
+    write(base.path, tuned.path, rule, out_dir, options, Watch(check, progress))
+
+
+def _locate(spec: BlendSpec, store: AssetStore) -> Locate:
+    def find_model(reference: Embedded | HubModel | LocalDirectory | GGUFFile) -> Path:
+        return locate(reference, store, trust_remote_code=spec.trust_remote_code)
+
+    return find_model

@@ -9,6 +9,7 @@ from keepshot import records
 from keepshot.assets import AssetStore
 from keepshot.errors import ConfigError, unknown
 from keepshot.harness.tasks import harness_tasks, split_names
+from keepshot.jobs.following import Follower
 from keepshot.jobs.specs import MeasureSpec, Measuring
 from keepshot.jobs.workspace import Workspace
 from keepshot.models.loading import LanguageModel, load, outline
@@ -69,11 +70,13 @@ def measure_models(
     progress.stage("reading tasks")
     tasks = read_tasks(spec, store)
     plan = plan_for(spec, tasks, first_seed=spec.seed)
+    follower = Follower(spec.following, store, workspace, progress, processes=processes)
     for reference in spec.models[1:]:
         # The first is loaded next; the others would be found wanting only after hours.
         progress.stage(f"{reference}: checking")
         light = outline(reference, store, trust_remote_code=spec.trust_remote_code)
         check_prompts(light, plan)
+        follower.check(light)
     items: list[ItemResult] = []
     models: list[ModelRecord] = []
     if workspace:
@@ -92,6 +95,7 @@ def measure_models(
             trust_remote_code=spec.trust_remote_code,
         )
         items += ledger.measured(str(number), model, [plan], arm=reference)
+        follower.follow(f"{number}-instructions", model, arm=reference, engine=ledger.engine)
         record = model_record(model)
         models.append(record.model_copy(update={"sharing": ledger.sharing_of(model)}))
     document = ResultDocument(
@@ -99,9 +103,10 @@ def measure_models(
         scores=scores(items, {task.name: task.version for task in tasks}),
         summary=summarise(items),
         cost=ledger.cost.model_copy(update={"processes": processes.size}),
+        instructions=follower.scores(),
     )
     if workspace:
-        workspace.finish(document, items)
+        workspace.finish(document, items, follower.rows)
     return Measured(document, items)
 
 
@@ -244,7 +249,7 @@ class Ledger:
                 plan,
                 arm=arm,
                 lam=lam,
-                engine=self._engine_of(live),
+                engine=self.engine(live),
                 progress=self._progress.update,
             )
             rows += found.items
@@ -258,7 +263,7 @@ class Ledger:
         engine = self._engine
         return engine.sharing if engine is not None and engine.model is model else None
 
-    def _engine_of(self, model: LanguageModel) -> Engine:
+    def engine(self, model: LanguageModel) -> Engine:
         """Return an engine, the same one along a path: its start-up trial takes a second."""
         if self._engine is None or self._engine.model is not model:
             if self._server is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from keepshot.errors import ConfigError
-from keepshot.jobs.specs import BlendSpec, MeasureSpec, RunSpec, TuneSpec
+from keepshot.jobs.specs import BlendSpec, JudgeSpec, MeasureSpec, RunSpec, TuneSpec
 from keepshot.specs import apply_overrides, read_yaml
 from keepshot.theory.document import TheorySpec
 from keepshot.tuning.recipe import KL, Full, LoRA, Mix, Recipe, ValueOnly, auto
@@ -41,13 +41,47 @@ def measure_spec(given: Mapping[str, Any], overrides: Sequence[str]) -> MeasureS
     return MeasureSpec.from_mapping(apply_overrides(dict(given), overrides), source="measure")
 
 
-def blend_spec(given: Mapping[str, Any], overrides: Sequence[str]) -> BlendSpec:
-    """Return the spec of `keepshot blend`.
+def judge_spec(given: Mapping[str, Any], overrides: Sequence[str]) -> JudgeSpec:
+    """Return the spec of `keepshot judge`.
 
     Raises:
         ConfigError: if an option or override does not fit.
     """
-    return BlendSpec.from_mapping(apply_overrides(dict(given), overrides), source="blend")
+    content = apply_overrides(dict(given), overrides)
+    spec = JudgeSpec.from_mapping(content, source="judge")
+    if spec.ifeval is None and not (spec.candidate and spec.reference):
+        raise ConfigError(
+            "nothing to judge: give CANDIDATE and REFERENCE with --judge, or --ifeval MODEL"
+        )
+    if spec.ifeval is None and not spec.judges:
+        raise ConfigError(
+            "no judge: give --judge MODEL, --judge FILE.json or --judge MODEL@http://SERVER/v1"
+        )
+    return spec
+
+
+def blend_spec(
+    recipe: Path | None, given: Mapping[str, Any], overrides: Sequence[str]
+) -> BlendSpec:
+    """Return the spec of `keepshot blend`: a recipe file if there is one, then options, `--set`.
+
+    Raises:
+        ConfigError: if the file, an option or an override does not fit.
+    """
+    if recipe is not None and recipe.suffix not in (".yaml", ".yml"):
+        raise ConfigError(
+            f"blend {str(recipe)!r}: expected BASE and TUNED, or a recipe (a .yaml file)"
+        )
+    content = {**(read_yaml(recipe) if recipe else {}), **given}
+    # One lambda on the command line takes the place of a recipe's path, and the other way round.
+    for one, other in (("lam", "sweep"), ("sweep", "lam")):
+        if one in given and other not in given:
+            content.pop(other, None)
+    # Nothing is loaded to write one lambda: its type can only mean that of what is written.
+    if content.get("lam") is not None and "dtype" in given:
+        content.setdefault("write_dtype", given["dtype"])
+    source = recipe.name if recipe else "blend"
+    return BlendSpec.from_mapping(apply_overrides(content, overrides), source=source)
 
 
 def tune_spec(

@@ -9,17 +9,19 @@ Lambda is chosen on validation items; every figure of the summary comes from tes
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from keepshot import records
 from keepshot.assets import AssetStore
-from keepshot.blending.pick import check_rule, parse_rule, pick
+from keepshot.blending.pick import check_rule, parse_rule, pick, with_interval
+from keepshot.blending.planning import Writing
 from keepshot.blending.sweep import sweep
 from keepshot.blending.write import write
 from keepshot.errors import ConfigError
 from keepshot.jobs.blend import Questions
+from keepshot.jobs.following import Follower
 from keepshot.jobs.measure import Ledger, Measured, model_record, read_tasks
 from keepshot.jobs.specs import ARMS, BlendArm, Measuring, RunSpec, TunedArm
 from keepshot.jobs.target import load_target
@@ -37,8 +39,8 @@ from keepshot.records import (
     ResultDocument,
     TrainingRecord,
 )
-from keepshot.scoring.evaluate import check_prompts
-from keepshot.scoring.summary import path_points, scores, summarise
+from keepshot.scoring.evaluate import Plan, check_prompts
+from keepshot.scoring.summary import path_points, resample_path, scores, summarise
 from keepshot.tasks.catalog import SUITES
 from keepshot.tuning.train import Extra, tokenise, train
 
@@ -91,6 +93,7 @@ class _Run:
         self.path: list[PathPoint] = []
         self.picked: PickRecord | None = None
         self.ledger = Ledger(workspace, progress)
+        self.follower = Follower(spec.measure.following, store, workspace, progress)
 
     def _check_separation(self) -> None:
         for task in self.tasks:
@@ -154,20 +157,23 @@ class _Run:
                 base,
                 plain.module.state_dict(),
                 sorted({0.0, *arm.lambdas}),
-                lambda lam: self.ledger.measured(f"path-{lam:g}", base, plans, arm="path", lam=lam),
+                lambda lam: self._point(base, plans, lam),
             )
         )
         self.path = path_points(rows, rows[0.0], target=self.target.name, split="validation")
-        self.picked = pick(self.path, parse_rule(arm.pick))
+        rule = parse_rule(arm.pick)
+        self.picked = with_interval(
+            pick(self.path, rule), self.path, resample_path(rows, target=self.target.name), rule
+        )
         lam = self.picked.lam
         if lam is None:
             self.progress.note(f"blended: {self.picked.reason}")
             return
         blended_dir = self.workspace.path / "model"
-        if not (blended_dir / "blend.json").exists():
+        if not (blended_dir / "keepshot.json").exists():
             self.progress.stage(f"blended: writing lambda {lam:g}")
-            names = (self.spec.model, self._name("plain"))
-            write(base.path, plain.path, lam, blended_dir, names=names)
+            how = Writing(names=(self.spec.model, self._name("plain")))
+            write(base.path, plain.path, lam, blended_dir, how)
         self._measure("blended", lambda: self._load("blended", str(blended_dir)), lam=lam)
 
     # -- parts -----------------------------------------------------------------------------
@@ -191,6 +197,7 @@ class _Run:
             plans += self._path_questions(self.spec.blended).plans("validation")
         for plan in plans:
             check_prompts(model, plan)
+        self.follower.check(model, "validation", "test")
         for arm, recipe in self.spec.arms.items():
             tokenise(
                 recipe,
@@ -218,17 +225,40 @@ class _Run:
         """Measure an arm on test items, unless its rows are there from an earlier start."""
         model_path = self.workspace.part(f"{arm}-model.json")
 
+        loaded: list[LanguageModel] = []
+
         def recorded() -> LanguageModel:
-            model = live()
-            if arm != "before":
-                model = self._labelled(model, arm)
-            records.write_text(model_record(model).model_dump_json(), model_path)
-            return model
+            if not loaded:
+                model = live()
+                loaded.append(model if arm == "before" else self._labelled(model, arm))
+                records.write_text(model_record(loaded[0]).model_dump_json(), model_path)
+            return loaded[0]
 
         plans = self._questions(self.spec.measure).plans("test")
         self.items += self.ledger.measured(arm, recorded, plans, arm=arm, lam=lam)
+        self.follower.follow(
+            f"{arm}-instructions",
+            recorded,
+            arm=arm,
+            lam=lam,
+            split="test",
+            engine=self.ledger.engine,
+        )
         self.models.append(ModelRecord.model_validate_json(model_path.read_text("utf-8")))
         self._say(arm)
+
+    def _point(self, model: LanguageModel, plans: Sequence[Plan], lam: float) -> list[ItemResult]:
+        """Measure one lambda of plain's path on validation items."""
+        rows = self.ledger.measured(f"path-{lam:g}", model, plans, arm="path", lam=lam)
+        self.follower.follow(
+            f"path-{lam:g}-instructions",
+            model,
+            arm="path",
+            lam=lam,
+            split="validation",
+            engine=self.ledger.engine,
+        )
+        return rows
 
     def _labelled(self, model: LanguageModel, arm: str) -> LanguageModel:
         """Name a model that this run made, and identify it by the weights that were written."""
@@ -265,8 +295,10 @@ class _Run:
             path=self.path,
             pick=self.picked,
             training=self.training,
+            instructions=self.follower.scores(),
         )
-        return Measured(self.workspace.finish(document, self.items), self.items)
+        done = self.workspace.finish(document, self.items, self.follower.rows)
+        return Measured(done, self.items)
 
 
 def _move_adapter(workspace: Workspace) -> None:

@@ -8,7 +8,9 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from keepshot.blending.rules import LambdaMap
 from keepshot.errors import ConfigError
+from keepshot.judging.policy import Policy
 from keepshot.specs import Spec
 from keepshot.tuning.recipe import Recipe
 
@@ -30,6 +32,25 @@ class Where(Spec):
     """Run code that a checkpoint brings along."""
 
 
+class Following(Spec):
+    """Verifiable instructions put to the same models: the other axis of the trade-off."""
+
+    prompts: str = "embedded"
+    """`embedded`, `ifeval` (the public set, from the hub), or the path of a file of its format."""
+    limit: int | None = Field(default=100, ge=1)
+    """Prompts at most, in each part of the set."""
+    variant: Literal["official", "repaired"] | None = None
+    """How answers are judged; left out, `repaired` for the embedded set and `official` for others.
+    """
+    answers: Policy = Policy()
+    """How prompts are put, and when an answer ends."""
+
+    @property
+    def judged(self) -> Literal["official", "repaired"]:
+        """The variant that this comes to."""
+        return self.variant or ("repaired" if self.prompts == "embedded" else "official")
+
+
 class Measuring(Spec):
     """Which tasks are asked, with how many demonstrations, how often."""
 
@@ -43,6 +64,8 @@ class Measuring(Spec):
     """Items per task at most; all if not given."""
     template: str | None = None
     """Prompt template in place of each task's own."""
+    following: Following | None = None
+    """Verifiable instructions besides; none if left out."""
 
 
 class MeasureSpec(Measuring, Where):
@@ -54,6 +77,39 @@ class MeasureSpec(Measuring, Where):
     """OpenAI-compatible server that generates in the model's place."""
     server_model: str | None = None
     """The model's name on the server; left out, its only one."""
+
+
+class JudgeSpec(Where):
+    """`keepshot judge`: two sets of answers and who compares them, or instructions to one model."""
+
+    no_effect_on_results = frozenset({"tries", "first_wait", "timeout", "workers"})
+
+    candidate: str | None = None
+    """Outputs file, or a model that answers `prompts`."""
+    reference: str | None = None
+    """What it is compared with."""
+    judges: tuple[str, ...] = ()
+    """Each a model, a file of judgements, or MODEL@URL of an OpenAI-compatible server."""
+    prompts: str = "embedded"
+    """What models answer: `embedded`, or a file with `instruction` or `prompt` on each row."""
+    ifeval: str | None = None
+    """A model to put verifiable instructions to, instead of a comparison."""
+    limit: int | None = Field(default=None, ge=1)
+    """Prompts at most."""
+    sanity: bool = False
+    """Test each judge: answers against themselves, and against their shuffled words."""
+    variant: Literal["official", "repaired"] | None = None
+    """How verifiable instructions are judged; see `Following`."""
+    answers: Policy = Policy()
+    """How models are asked."""
+    tries: int = Field(default=6, ge=1)
+    """Times that a server is asked before giving up."""
+    first_wait: float = Field(default=1.0, ge=0.0)
+    """Seconds before the second try; doubled after each."""
+    timeout: float = Field(default=60.0, gt=0.0)
+    """Seconds to wait for a server's answer."""
+    workers: int = Field(default=4, ge=1)
+    """Questions put to a server at the same time."""
 
 
 class TuneSpec(Where):
@@ -70,10 +126,12 @@ class BlendSpec(Where):
     """The model before tuning."""
     tuned: str
     """The tuned model, or an adapter."""
-    lam: float | None = None
+    lam: float | None = Field(default=None, allow_inf_nan=False)
     """The lambda to write; left out, the one that `pick` chooses on the path."""
     sweep: tuple[float, ...] | None = None
     """Lambdas to measure."""
+    resolution: float | None = Field(default=None, gt=0.0)
+    """Measure on around the pick until its neighbours are no further away than this."""
     target: str | None = None
     """Examples file or task that the tuning was for."""
     pick: str = "keep-target:0.9"
@@ -86,6 +144,24 @@ class BlendSpec(Where):
     """Draws of demonstrations."""
     limit: int | None = Field(default=None, ge=1)
     """Items per task and split at most."""
+    following: Following | None = None
+    """Verifiable instructions at every point of the path and on the arms; none if left out."""
+    write_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the weights written; what the inputs have if not given."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """Rounding to 16 bits; stochastic rounding (by `seed`) keeps small changes in the mean."""
+    settings_from: Literal["tuned", "base"] = "tuned"
+    """Whose tokenizer, chat template and generation settings are written."""
+    one_sided: Literal["refuse", "carry"] = "refuse"
+    """What becomes of tensors that one model alone has: carried are those of the tuned one."""
+    second: str | None = None
+    """A further model tuned from the same base (RE-Adapt); `lam` counts for the first."""
+    beta: float = Field(default=1.0, allow_inf_nan=False)
+    """How much of the further model's difference is added."""
+    rule: LambdaMap | None = None
+    """Factors on lambda by block or kind of module; 1 for what the rule does not name."""
+    check: bool = True
+    """Hash all files, load what was written and let it generate."""
 
     @model_validator(mode="after")
     def _check_lambda(self) -> Self:
@@ -93,6 +169,8 @@ class BlendSpec(Where):
             raise ValueError(
                 "give either --lambda, to write one point, or --sweep, to measure many"
             )
+        if self.second is not None and self.sweep is not None:
+            raise ValueError("`second` can be added at one --lambda, not along a --sweep")
         return self
 
 

@@ -23,11 +23,11 @@ import yaml
 
 from keepshot import __version__, records
 from keepshot.errors import OutputError, UserError, is_full_disk
-from keepshot.records import ItemResult, ResultDocument
+from keepshot.records import InstructionRow, ItemResult, ResultDocument
 from keepshot.report import write_report
 from keepshot.specs import Spec
 
-FINISHED_PARTS = ("*.parquet", "tuning.json", "blend.json", "trainer_state.json")
+FINISHED_PARTS = ("*.parquet", "tuning.json", "keepshot.json", "trainer_state.json")
 """Files whose presence means that there is something to go on from."""
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scipy")
 
@@ -112,9 +112,16 @@ class Workspace:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def finish(self, document: ResultDocument, items: Sequence[ItemResult]) -> ResultDocument:
+    def finish(
+        self,
+        document: ResultDocument,
+        items: Sequence[ItemResult],
+        followed: Sequence[InstructionRow] = (),
+    ) -> ResultDocument:
         """Write records and report, drop the parts and give the directory its name."""
         records.write_items(items, self.path / "items.parquet")
+        if followed:
+            records.write_instructions(followed, self.path / "instructions.parquet")
         records.write_text(
             json.dumps(environment(), indent=1, ensure_ascii=False),
             self.path / "environment.json",

@@ -27,7 +27,8 @@ from transformers import (
 
 from keepshot.assets import AssetStore
 from keepshot.errors import ModelError, unknown
-from keepshot.models.adapter import check_base, merge_adapter
+from keepshot.models.adapter import merge_adapter
+from keepshot.models.bases import check_base
 from keepshot.models.checkpoint import TensorReader
 from keepshot.models.conversion import (
     convert,
@@ -279,12 +280,6 @@ def save(model: LanguageModel, out_dir: Path, *, overwrite: bool = False) -> Non
         model.tokenizer.save_pretrained(folder)
 
 
-def files_of(reference: str, store: AssetStore) -> Path:
-    """Return the directory that holds the weights of a reference; of an adapter, its own."""
-    parsed = _inner(parse_reference(reference))
-    return parsed.path if isinstance(parsed, AdapterDirectory) else locate(parsed, store)
-
-
 def identify(reference: str, store: AssetStore) -> str:
     """Return the sha256 that a model has once it is loaded, from its files alone."""
     parsed = _inner(parse_reference(reference))
@@ -463,7 +458,6 @@ __all__ = [
     "LanguageModel",
     "ModelReference",
     "fetch_model",
-    "files_of",
     "identify",
     "load",
     "locate",

@@ -43,7 +43,7 @@ def trajectory_chart(document: ResultDocument, width: Width = "wide") -> alt.Lay
     )
     marks = _arm_marks(listed, relative)
     paths = {
-        split: _path_marks([p for p in document.path if p.split == split], relative)
+        split: _path_marks(document, [p for p in document.path if p.split == split], relative)
         for split in ("validation", "test")
     }
     paths = {split: points for split, points in paths.items() if points}
@@ -77,8 +77,11 @@ def _arm_marks(listed: Sequence[Arm], relative: bool) -> list[Mark]:
     return marks
 
 
-def _path_marks(points: Sequence[PathPoint], relative: bool) -> list[Mark]:
+def _path_marks(
+    document: ResultDocument, points: Sequence[PathPoint], relative: bool
+) -> list[Mark]:
     marks: list[Mark] = []
+    pick = document.pick
     for point in sorted(points, key=lambda point: point.lam):
         target = view.measured(point.target, point.target_ci95)
         ability = (
@@ -90,9 +93,11 @@ def _path_marks(points: Sequence[PathPoint], relative: bool) -> list[Mark]:
             continue
         label = f"\u03bb {lam(point.lam).removeprefix('0') or '0'}"
         name = f"lambda {lam(point.lam)}, {point.split} items"
-        marks.append(
-            Mark(label, (FAINT, "circle"), target, ability, _hover(name, target, ability, relative))
-        )
+        role = ""
+        if pick and point.lam in (*pick.pareto, pick.lam):
+            role = "pick" if point.lam == pick.lam else "pareto"
+        hover = _hover(name, target, ability, relative)
+        marks.append(Mark(label, (FAINT, "circle"), target, ability, hover, role))
     return marks
 
 

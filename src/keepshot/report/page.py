@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from keepshot.errors import ConfigError
 from keepshot.records import ResultDocument, read_items, write_text
-from keepshot.report import figures, finding, svg, view, words
+from keepshot.report import along, figures, finding, flips, svg, view, words
 
 ANSWER_LIMIT, QUESTION_LIMIT = 160, 320
 
@@ -76,6 +76,7 @@ def write_report(run_dir: Path) -> Path:
             has_target=any(row.target is not None for row in document.summary),
             tasks=_task_table(document),
             changes=view.changes(document, items) if items else None,
+            flips=flips.flips(items),
             path=sorted(document.path, key=lambda point: (point.split, point.lam)),
             num_draws=max((row.num_draws for row in view.task_scores(document)), default=0),
             best=_best_on_path(document),
@@ -107,6 +108,11 @@ def compare(run_dirs: Sequence[Path], out_dir: Path) -> Path:
     figure = None
     if charts[0] is not None:
         figure = draw("compare", title, charts, out_dir / "figures")
+    title = "Few-shot score along lambda, as a change against each tuned model"
+    charts = tuple(along.relative_chart(documents, width) for width in ("wide", "narrow"))
+    paths = None
+    if charts[0] is not None:
+        paths = draw("relative", title, charts, out_dir / "figures")
     measured_on = {
         name: (view.most_shots(document), frozenset(s.task for s in document.scores))
         for name, document in documents.items()
@@ -118,6 +124,7 @@ def compare(run_dirs: Sequence[Path], out_dir: Path) -> Path:
             runs={name: (document, view.arms(document)) for name, document in documents.items()},
             colors=figures.run_colors(list(documents)),
             figure=figure,
+            paths=paths,
             alike=len(set(measured_on.values())) == 1,
         )
     )
@@ -148,6 +155,19 @@ def _charts(document: ResultDocument) -> list[tuple[str, str, tuple[Any, Any]]]:
             "tasks",
             f"Score of every task at {shots} shots, for every arm",
             (figures.tasks_chart(document, "wide"), figures.tasks_chart(document, "narrow")),
+        ),
+        (
+            "tasks-along",
+            f"Score of every task at {shots} shots along lambda",
+            (
+                along.tasks_along_chart(document, "wide"),
+                along.tasks_along_chart(document, "narrow"),
+            ),
+        ),
+        (
+            "conduct",
+            "Answers in the wrong format, labels of the target, and answer length along lambda",
+            (along.conduct_chart(document, "wide"), along.conduct_chart(document, "narrow")),
         ),
         (
             "training",

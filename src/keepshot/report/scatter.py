@@ -6,13 +6,15 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import altair as alt
 
 from keepshot.report.labels import Box, Wish, along, around, place
 from keepshot.report.styling import FAINT, INK, Look, Width, data, styled
 from keepshot.report.view import Measured
+
+_ELLIPSE_STEPS = 36
 
 
 class Frame:
@@ -61,6 +63,8 @@ class Mark:
     across: Measured
     up: Measured
     hover: str
+    role: Literal["", "pareto", "pick"] = ""
+    """On a path: no other point beats it in both scores, or it is the one picked."""
 
     @property
     def x(self) -> float:
@@ -90,8 +94,8 @@ def two_scores(
         width: for a page, or for a phone.
     """
     on_paths = [mark for points in paths.values() for mark in points]
-    xs = [v for m in marks for v in (m.x, *m.across[1])] + [m.x for m in on_paths]
-    ys = [v for m in marks for v in (m.y, *m.up[1])] + [m.y for m in on_paths]
+    xs = [v for m in (*marks, *on_paths) for v in (m.x, *m.across[1])]
+    ys = [v for m in (*marks, *on_paths) for v in (m.y, *m.up[1])]
     size = (700, 420) if width == "wide" else (290, 330)
     frame = Frame(xs, [*ys, 0.0, *([1.05] if relative else [])], *size)
     axis_y: dict[str, Any] = {"format": "%" if relative else ".1f", "tickCount": 6}
@@ -117,10 +121,34 @@ def _path_layers(points: Sequence[Mark], *, dashed: bool, encode: dict[str, Any]
         color="#9fcfc0", strokeWidth=2.5, strokeDash=[6, 4] if dashed else [1, 0]
     )
     dots = alt.Chart(data(rows)).mark_circle(color="#5fae97", size=34, opacity=1)
+    best = [{"x": m.x, "y": m.y} for m in points if m.role]
+    rings = alt.Chart(data(best)).mark_point(color="#00674b", size=90, strokeWidth=1.6, opacity=1)
+    picked = [{"x": m.x, "y": m.y} for m in points if m.role == "pick"]
+    star = alt.Chart(data(picked)).mark_text(
+        text="\u2605", fontSize=22, color="#00674b", stroke="white", strokeWidth=0.6
+    )
     return [
+        *(_ellipse(mark, encode) for mark in points),
         line.encode(**encode, order="order:Q"),
         dots.encode(**encode, description="hover:N"),
+        *([rings.encode(**encode)] if best else []),
+        *([star.encode(**encode)] if picked else []),
     ]
+
+
+def _ellipse(mark: Mark, encode: dict[str, Any]) -> Any:
+    """Draw an ellipse through the ends of both intervals; each quadrant has its own half-axes."""
+    rows: list[dict[str, float]] = []
+    for step in range(_ELLIPSE_STEPS + 1):
+        angle = 2 * math.pi * step / _ELLIPSE_STEPS
+        across, up = math.cos(angle), math.sin(angle)
+        half_x = mark.across[1][1] - mark.x if across > 0 else mark.x - mark.across[1][0]
+        half_y = mark.up[1][1] - mark.y if up > 0 else mark.y - mark.up[1][0]
+        rows.append({"x": mark.x + across * half_x, "y": mark.y + up * half_y, "order": step})
+    shape = alt.Chart(data(rows)).mark_line(
+        color="#9fcfc0", strokeWidth=0.7, fill="#9fcfc0", fillOpacity=0.10, opacity=0.55
+    )
+    return shape.encode(**encode, order="order:Q")
 
 
 def _arm_layers(marks: Sequence[Mark], encode: dict[str, Any]) -> list[Any]:

@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from keepshot.records import ResultDocument
+from keepshot.records import JudgeDocument, ResultDocument
 from keepshot.report import view
 from keepshot.report.words import (
     lam,
@@ -98,6 +98,25 @@ def path_table(document: ResultDocument) -> Table:
             Text(str(point.num_items)),
             Text(point.split),
             style="bold" if star else None,
+        )
+    return table
+
+
+def instructions_table(document: ResultDocument | JudgeDocument) -> Table:
+    """Return one line per arm, lambda and part of a set: prompts and instructions followed."""
+    names = short_names(list(dict.fromkeys(row.arm for row in document.instructions)))
+    table = _table("instructions, strict")
+    for title in ("prompts", "single", "cut", "n"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("part")
+    for row in document.instructions:
+        table.add_row(
+            _name(names[row.arm], row.lam),
+            _scored(row.prompt_strict, row.prompt_strict_ci95),
+            Text(score(row.instruction_strict)),
+            Text(percent(row.truncated)),
+            Text(str(row.num_prompts)),
+            Text(f"{row.prompt_set}, {row.split}, {row.variant}, {row.style}"),
         )
     return table
 

@@ -1,4 +1,4 @@
-"""Greedy decoding of many answers at once, in one packed row that answers join and leave.
+"""Decoding of many answers at once, in one packed row that answers join and leave.
 
     keys:   demonstrations . question 1 . question 4 . demonstrations' . question 2 . new tokens ...
     row:    one pending token of each answer that goes on, each seeing its own keys only
@@ -23,6 +23,7 @@ from keepshot.models.loading import LanguageModel
 from keepshot.scoring.forward import Layout, Trunk, cache_of, tensors
 from keepshot.scoring.prefix import Forward, Trie
 from keepshot.scoring.request import Generate, GreedyMatch, LogLikelihood, Request
+from keepshot.scoring.sampling import next_tokens
 
 
 @dataclass
@@ -56,6 +57,8 @@ class Answer:
 
     def _check_stop_strings(self, model: LanguageModel, stop: Sequence[str]) -> None:
         ended = self.tokens[-1] in model.eos_ids
+        if not ended and not stop:
+            return
         text = model.decode(self.tokens[:-1] if ended else self.tokens)
         places = [place for string in stop if (place := text.find(string)) >= 0]
         if ended or places:
@@ -73,7 +76,7 @@ def open_answer(
     Args:
         number: identifies the request to the caller.
         request: what was asked.
-        predicted: likeliest tokens, first after the context, then after each answer token.
+        predicted: the next tokens, first after the context, then after each answer token.
         model: judges where answers end.
     """
     match request:
@@ -194,7 +197,8 @@ class Decoder:
             cache,
         )
         self._layers = tensors(cache)
-        tokens: list[int] = trunk.logits(hidden[0]).argmax(dim=-1).tolist()
+        asked = [(answer.request, len(answer.tokens)) for answer in self._active]
+        tokens = next_tokens(trunk.logits(hidden[0]), asked)
         for answer, token in zip(self._active, tokens, strict=True):
             answer.tokens.append(token)
             answer.check(self._model)

@@ -23,6 +23,7 @@ from keepshot.scoring.memory import memory_budget, shape_of, tokens_that_fit
 from keepshot.scoring.prefix import Limits, Plan, build_trie, plan
 from keepshot.scoring.processes import ALONE, Processes, shares
 from keepshot.scoring.request import Request, Result, targets, tokens_to_read
+from keepshot.scoring.sampling import is_sampled, next_tokens
 from keepshot.scoring.shared import Reading, SharedRun
 
 Progress = Callable[[int, int], None]
@@ -158,6 +159,8 @@ class Engine:
                 wanted = targets(requests[number])
                 pairs = [(place, token) for place, token in enumerate(wanted)]
                 likeliest, log_probs = read_logits(rows[-num_read:], pairs)
+                if is_sampled(requests[number]):
+                    likeliest = next_tokens(rows[-1:], [(requests[number], 0)])
                 reading = Reading(likeliest, log_probs)
                 answer = open_answer(number, requests[number], likeliest, self.model)
                 if answer is None or answer.finished:
@@ -172,7 +175,8 @@ class Engine:
         while going:
             sequences = [[*answer.request.context, *answer.tokens] for answer in going]
             for numbers, ids in self._equal_lengths(sequences, limits):
-                tokens: list[int] = self._trunk.full_logits(ids, 1)[:, 0].argmax(dim=-1).tolist()
+                asked = [(going[n].request, len(going[n].tokens)) for n in numbers]
+                tokens = next_tokens(self._trunk.full_logits(ids, 1)[:, 0], asked)
                 for number, token in zip(numbers, tokens, strict=True):
                     going[number].tokens.append(token)
                     if going[number].check(self.model):

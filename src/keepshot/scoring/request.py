@@ -43,16 +43,22 @@ class GreedyMatch:
 
 @dataclass(frozen=True)
 class Generate:
-    """Continue `context` greedily until a stop string, an end token or `max_new_tokens`."""
+    """Continue `context` until a stop string, an end token or `max_new_tokens`.
+
+    Greedily at temperature 0, else with tokens drawn from the softmax of logits / temperature.
+    """
 
     context: tuple[int, ...]
     max_new_tokens: int
     stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Check that there is something to continue."""
         assert self.context, "a context needs at least one token"
         assert self.max_new_tokens > 0, "at least one token must be asked for"
+        assert self.temperature >= 0, "a temperature cannot be negative"
 
 
 Request = LogLikelihood | GreedyMatch | Generate

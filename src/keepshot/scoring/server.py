@@ -96,8 +96,18 @@ class Server:
             self._names["only"] = names[0]
         return self._names["only"]
 
-    def complete(self, prompt: str, max_tokens: int, stop: Sequence[str]) -> Completion:
-        """Return the greedy continuation of `prompt`, cut before the first stop string.
+    def complete(
+        self,
+        prompt: str,
+        max_tokens: int,
+        stop: Sequence[str],
+        *,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Completion:
+        """Return the continuation of `prompt`, cut before the first stop string.
+
+        Greedy at temperature 0; above, how `seed` is used is the server's affair.
 
         Raises:
             ModelError: naming the request and how often it was tried.
@@ -106,8 +116,10 @@ class Server:
             "model": self.model_name(),
             "prompt": prompt,
             "max_tokens": max_tokens,
-            "temperature": 0.0,
+            "temperature": temperature,
         }
+        if temperature > 0:
+            body["seed"] = seed
         if stop:
             body["stop"] = list(stop)[:4]  # OpenAI's limit; the cut below knows all of them
         what = f"the prompt that ends in {prompt[-40:]!r}"
@@ -220,7 +232,13 @@ class ServedEngine(Engine):
         prompt = str(self.model.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
         match request:
             case Generate():
-                return self._server.complete(prompt, request.max_new_tokens, request.stop)
+                return self._server.complete(
+                    prompt,
+                    request.max_new_tokens,
+                    request.stop,
+                    temperature=request.temperature,
+                    seed=request.seed,
+                )
             case GreedyMatch():
                 return self._server.complete(prompt, request.limit, LINE_END)
             case _:

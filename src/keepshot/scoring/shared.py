@@ -25,6 +25,7 @@ from keepshot.scoring.request import (
     targets,
     tokens_to_read,
 )
+from keepshot.scoring.sampling import is_sampled, next_tokens
 
 ANSWERS_PER_BATCH = 1 / 20
 """Decoding waits for batch tokens times this many answers, so that a step is worth its while."""
@@ -157,13 +158,19 @@ class SharedRun:
             for number, place in found
             if place < len(self._targets[number])
         ]
+        states = hidden[rows, columns]
         likeliest, log_probs = self._trunk.read(
-            hidden[rows, columns],
+            states,
             [(i, self._targets[number][place]) for i, number, place in readers],
         )
-        for token, found in zip(likeliest, places.values(), strict=True):
+        for i, (token, found) in enumerate(zip(likeliest, places.values(), strict=True)):
             for number, place in found:
                 self._readings[number].likeliest[place] = token
+                if is_sampled(self._requests[number]):
+                    # Drawing takes all logits of this one place; elsewhere they are never held.
+                    logits = self._trunk.logits(states[i : i + 1])
+                    drawn = next_tokens(logits, [(self._requests[number], place)])
+                    self._readings[number].likeliest[place] = drawn[0]
         for log_prob, (_, number, place) in zip(log_probs, readers, strict=True):
             self._readings[number].log_probs[place] = log_prob
 

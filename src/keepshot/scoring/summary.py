@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -132,9 +133,70 @@ def path_points(
                 target=score.value if score else None,
                 target_ci95=score.ci95 if score else None,
                 num_items=table.num_items(shots),
+                tasks=table.by_task(shots),
+                below_base=table.below(before, shots),
+                **_conduct(items, target, shots),
             )
         )
     return points
+
+
+def _conduct(
+    items: Sequence[ItemResult], target: str | None, shots: int
+) -> dict[str, float | None]:
+    """Return means over tasks of format failure, leakage and answer length."""
+    by_task: dict[str, list[ItemResult]] = defaultdict(list)
+    for item in items:
+        if item.task != target and item.shots == shots:
+            by_task[item.task].append(item)
+    free = [rows for rows in by_task.values() if not rows[0].choices]
+    lengths = [float(np.mean([len(item.answer) for item in rows])) for rows in free]
+    failures = [np.mean([item.format_failure for item in rows]) for rows in by_task.values()]
+    leaks = [np.mean([item.label_leakage for item in rows]) for rows in by_task.values()]
+    return {
+        "format_failure": float(np.mean(failures)),
+        "label_leakage": float(np.mean(leaks)),
+        "answer_length": float(np.mean(lengths)) if lengths else None,
+    }
+
+
+@dataclass(frozen=True)
+class ResampledPath:
+    """Scores of a path under resampled questions and draws, the same at every lambda.
+
+    `icl` and `tasks` (by name) are [resamples, lambdas]; so is `target`, None without one.
+    """
+
+    lams: tuple[float, ...]
+    icl: Matrix
+    chance: float
+    tasks: Mapping[str, Matrix]
+    target: Matrix | None
+
+
+def resample_path(
+    items_by_lambda: Mapping[float, Sequence[ItemResult]], *, target: str | None
+) -> ResampledPath:
+    """Resample the questions and draws behind `path_points`; deterministic."""
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    lams = tuple(sorted(items_by_lambda))
+    tables = [_Table(items_by_lambda[lam], target) for lam in lams]
+    shots = tables[0].shots[-1]
+    matrices = [table.matrices(shots) for table in tables]
+    names = list(tables[0].by_task(shots))
+    tasks = {
+        name: np.stack(stats.resampled_means([own[n] for own in matrices], generator), axis=1)
+        for n, name in enumerate(names)
+    }
+    asked = [table.target_matrix() for table in tables]
+    found = [matrix for matrix in asked if matrix is not None]
+    return ResampledPath(
+        lams=lams,
+        icl=np.mean(list(tasks.values()), axis=0),
+        chance=float(np.mean(tables[0].chances(shots))),
+        tasks=tasks,
+        target=np.stack(stats.resampled_means(found, generator), axis=1) if found else None,
+    )
 
 
 def _by_arm(items: Sequence[ItemResult]) -> dict[str, list[ItemResult]]:
@@ -170,7 +232,8 @@ class _Table:
         self._rows = cells
         self.shots = sorted({shots for _, shots in cells})
 
-    def _matrices(self, shots: int, value: Callable[[ItemResult], float]) -> list[Matrix]:
+    def matrices(self, shots: int, value: Callable[[ItemResult], float] = _correct) -> list[Matrix]:
+        """A value of every row, by task in the order of `by_task`."""
         matrices: list[Matrix] = []
         for rows in self._cells(shots):
             seeds = sorted({seed for seed, _ in rows})
@@ -179,19 +242,23 @@ class _Table:
             matrices.append(np.array([[value(rows[seed, n]) for n in names] for seed in seeds]))
         return matrices
 
+    def chances(self, shots: int) -> list[float]:
+        """Chance level by task, in the order of `matrices`."""
+        return [_chance(list(rows.values())) for rows in self._cells(shots)]
+
     def _cells(self, shots: int) -> list[dict[tuple[int, str], ItemResult]]:
         return [rows for (_, cell_shots), rows in sorted(self._rows.items()) if cell_shots == shots]
 
     def icl(self, shots: int) -> Interval:
-        matrices = self._matrices(shots, _correct)
+        matrices = self.matrices(shots)
         return stats.mean_over_tasks(matrices, np.random.default_rng(BOOTSTRAP_SEED))
 
     def retention(self, before: _Table, shots: int) -> Interval | None:
         self._check_pairing(before, shots)
         return stats.retention(
-            self._matrices(shots, _correct),
-            before._matrices(shots, _correct),
-            [_chance(list(rows.values())) for rows in self._cells(shots)],
+            self.matrices(shots),
+            before.matrices(shots),
+            self.chances(shots),
             np.random.default_rng(BOOTSTRAP_SEED),
         )
 
@@ -201,13 +268,39 @@ class _Table:
         answers = {
             _place(item): item.answer for rows in before._cells(shots) for item in rows.values()
         }
-        matrices = self._matrices(shots, lambda item: float(item.answer != answers[_place(item)]))
+        matrices = self.matrices(shots, lambda item: float(item.answer != answers[_place(item)]))
         return stats.mean_over_tasks(matrices, np.random.default_rng(BOOTSTRAP_SEED))
 
     def _check_pairing(self, before: _Table, shots: int) -> None:
         keys = {cell: names for cell, names in self._keys.items() if cell[1] == shots}
         paired = {cell: names for cell, names in before._keys.items() if cell[1] == shots}
         assert keys == paired, "arms are compared on the same tasks, draws and items"
+
+    def by_task(self, shots: int) -> dict[str, float]:
+        """Mean score by task, in the order of `matrices`."""
+        names = [task for task, cell_shots in sorted(self._rows) if cell_shots == shots]
+        means = [float(matrix.mean()) for matrix in self.matrices(shots)]
+        return dict(zip(names, means, strict=True))
+
+    def below(self, before: _Table, shots: int) -> list[str]:
+        """Tasks whose score is below that of `before` beyond chance, paired."""
+        pairs = zip(
+            self.by_task(shots),
+            self.matrices(shots),
+            before.matrices(shots),
+            strict=True,
+        )
+        generator = np.random.default_rng(BOOTSTRAP_SEED)
+        return [
+            name
+            for name, after, base in pairs
+            if stats.difference(after, base, generator).high < 0.0
+        ]
+
+    def target_matrix(self) -> Matrix | None:
+        """Scores of the target's items, in their own order, as one draw."""
+        rows = sorted(self._target_items, key=lambda item: item.item)
+        return np.array([[item.correct for item in rows]]) if rows else None
 
     def target_score(self) -> Interval | None:
         if not self._target_items:

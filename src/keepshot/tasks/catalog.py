@@ -226,6 +226,18 @@ SUITES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+def list_tasks() -> list[dict[str, str | list[str]]]:
+    """List the embedded tasks, with the suites that each belongs to."""
+    return [
+        {
+            "name": name, "kind": entry.kind, "domain": entry.domain,
+            "suites": [suite for suite, members in SUITES.items() if name in members],
+            "source": entry.source, "licence": entry.licence, "description": entry.description,
+        }
+        for name, entry in CATALOG.items()
+    ]  # fmt: skip
+
+
 def load_task(
     name_or_path: str,
     store: AssetSource,

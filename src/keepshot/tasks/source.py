@@ -217,21 +217,29 @@ def _text(content: Mapping[str, Any], key: str, where: str) -> str:
     return value
 
 
-def _located(path: Path) -> list[LocatedRow]:
+def read_objects(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yield the objects of a file, of whatever form, each with its place for error messages.
+
+    Raises:
+        TaskError: naming file and line, if the file cannot be read or has another suffix.
+    """
     content = _read_bytes(path)
     match path.suffix.lower():
         case ".jsonl" | ".ndjson":
-            objects = _json_lines(content, path)
+            return _json_lines(content, path)
         case ".csv":
-            objects = _csv_lines(content, path)
+            return _csv_lines(content, path)
         case ".parquet":
-            objects = _parquet_rows(content, path)
+            return _parquet_rows(content, path)
         case suffix:
             raise TaskError(
                 f"{path}: cannot be read as examples with suffix {suffix!r}; "
                 f"expected one of {', '.join(SUFFIXES)}"
             )
-    rows = [LocatedRow(parse_row(fields, where), where) for fields, where in objects]
+
+
+def _located(path: Path) -> list[LocatedRow]:
+    rows = [LocatedRow(parse_row(fields, where), where) for fields, where in read_objects(path)]
     if not rows:
         raise TaskError(f"{path}: is empty; expected one row a line with {FORMS}")
     return rows

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from keepshot.errors import ConfigError, TrainingError
-from keepshot.models.adapter import record_base
 from keepshot.models.anatomy import WeightSlice, anatomy
+from keepshot.models.bases import record_base
 from keepshot.models.loading import LanguageModel, save
 from keepshot.records import building_directory
 from keepshot.tuning.recipe import Full, LoRA, ValueOnly

@@ -1,0 +1,158 @@
+"""A tuned model with its differences made smaller, written as a model, or as a LoRA adapter.
+
+One tensor at a time in memory. Which tensors are matrices of linear layers is read off the
+model's structure, not its names. Knows nothing of measuring; the arithmetic is `deltas`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from keepshot.blending.blend import check_pair
+from keepshot.blending.companions import compare_configs, copy_companions
+from keepshot.blending.deltas import truncate
+from keepshot.errors import ModelError
+from keepshot.models.checkpoint import DTYPES, TensorReader
+from keepshot.models.shards import index_text, plan_shards
+from keepshot.outputs import building_directory
+
+Change = Callable[[Tensor, Tensor], Tensor]
+"""From one matrix of the base and of the tuned model to a new one of the tuned model."""
+
+_KINDS = {dtype: name for name, dtype in DTYPES.items()}
+_SHARD_BYTES = 5_000_000_000
+_SMALL = 1e-12
+
+
+@dataclass(frozen=True)
+class LoreReport:
+    """What a LoRE adapter holds: the rank by module, and what it leaves out."""
+
+    ranks: Mapping[str, int]
+    explained: float
+    """Share of the squared difference over all tensors that the adapter reproduces."""
+    left_out: tuple[str, ...]
+    """Tensors that tuning changed and that no LoRA matrix can say: norms, embeddings, biases."""
+
+
+def write_changed(base_dir: Path, tuned_dir: Path, change: Change, out_dir: Path) -> None:
+    """Write the tuned model with `change` applied to the matrices of its linear layers.
+
+    All else (embeddings, norms, biases) is the tuned model's. Blend the result as any other.
+
+    Raises:
+        ModelError: if the two do not fit.
+        OutputError: if `out_dir` holds something or cannot be written.
+    """
+    compare_configs(base_dir, tuned_dir)
+    matrices = linear_weights(tuned_dir)
+    with (
+        TensorReader(base_dir) as base,
+        TensorReader(tuned_dir) as tuned,
+        building_directory(out_dir) as folder,
+    ):
+        layout = [(n, _KINDS[tuned.dtype(n)], tuned.shape(n)) for n in tuned.names]
+        shards = plan_shards(layout, _SHARD_BYTES, folder)
+        for shard in shards:
+            with (folder / shard.name).open("wb") as stream:
+                stream.write(shard.header)
+                for name in shard.tensors:
+                    now = tuned.read(name)
+                    if name in matrices and name in base.names:
+                        before = base.read(name)
+                        check_pair(name, before, now)
+                        now = change(before, now).to(now.dtype)
+                    raw = now.contiguous().reshape(-1).view(torch.uint8)
+                    stream.write(raw.numpy().data)
+        if len(shards) > 1:
+            (folder / "model.safetensors.index.json").write_text(
+                index_text(shards), encoding="utf-8"
+            )
+        copy_companions(base_dir, tuned_dir, folder, None)
+
+
+def write_lore(base_dir: Path, tuned_dir: Path, share: float, out_dir: Path) -> LoreReport:
+    """Write tuned - base as a LoRA adapter that explains `share` of each matrix's variance.
+
+    The adapter's alpha is its rank, module by module, so that its scale is 1.
+
+    Raises:
+        ConfigError: if the share is out of range.
+        ModelError: if the two do not fit, or no matrix differs.
+        OutputError: if `out_dir` holds something or cannot be written.
+    """
+    compare_configs(base_dir, tuned_dir)
+    matrices = linear_weights(tuned_dir)
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    left_out: list[str] = []
+    kept = total = 0.0
+    with TensorReader(base_dir) as base, TensorReader(tuned_dir) as tuned:
+        for name in tuned.names:
+            if name not in base.names:
+                raise ModelError(f"tensor {name!r} is in tuned and not in base")
+            before, now = base.read(name), tuned.read(name)
+            check_pair(name, before, now)
+            if not now.is_floating_point():
+                continue
+            delta = now.float() - before.float()
+            norm = float(delta.double().square().sum())
+            total += norm
+            if norm == 0.0:
+                continue
+            if name not in matrices:
+                left_out.append(name)
+                continue
+            # A Conv1D holds its weight as in x out; LoRA's factors are always out x in.
+            found = truncate(delta.T if matrices[name] else delta, share)
+            module = name.removesuffix(".weight")
+            ranks[module] = found.up.shape[1]
+            kept += norm * found.explained
+            for role, matrix in (("A", found.down), ("B", found.up)):
+                key = f"base_model.model.{module}.lora_{role}.weight"
+                tensors[key] = matrix.to(now.dtype).contiguous()
+    if not ranks:
+        raise ModelError(f"{tuned_dir}: no linear layer differs from {base_dir}, so no adapter")
+    with building_directory(out_dir) as folder:
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = _adapter_config(base_dir, ranks, any(matrices.values()))
+        text = json.dumps(config, indent=2)
+        (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    return LoreReport(ranks, kept / total, tuple(left_out))
+
+
+def linear_weights(directory: Path) -> dict[str, bool]:
+    """Return the weights of linear layers but the output head; True where stored as in x out."""
+    try:
+        config: Any = AutoConfig.from_pretrained(directory, local_files_only=True)
+        with torch.device("meta"):
+            module: Any = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{directory}: {str(error).splitlines()[0]}") from None
+    head = module.get_output_embeddings()
+    return {
+        f"{name}.weight": isinstance(layer, Conv1D)
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D) and layer is not head
+    }
+
+
+def _adapter_config(base_dir: Path, ranks: Mapping[str, int], transposed: bool) -> dict[str, Any]:
+    rank = max(ranks.values())
+    other = {module: size for module, size in ranks.items() if size != rank}
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_dir),
+        "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "bias": "none",
+        "target_modules": sorted(ranks), "rank_pattern": other, "alpha_pattern": dict(other),
+        "fan_in_fan_out": transposed, "inference_mode": True, "init_lora_weights": True,
+    }  # fmt: skip

@@ -1,0 +1,1 @@
+"""Instruction following: verifiable instructions, and pairwise win rates."""

@@ -1,0 +1,163 @@
+"""A judge behind an OpenAI-compatible server: retries, back-off, and nothing judged twice.
+
+Every answer is appended to a journal as it comes, so that a stopped run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from keepshot.errors import UserError
+from keepshot.judging.judges import PROMPT_HASH, question, read_label
+from keepshot.judging.pairwise import Opinion, Pair
+
+RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+
+
+class ServerError(UserError):
+    """A server that cannot be reached, or refuses for good."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where and how to ask."""
+
+    url: str
+    """Base address, such as `http://localhost:8000/v1`."""
+    model: str
+    key: str | None = None
+    """Sent as a bearer token; never written anywhere."""
+    timeout: float = 60.0
+    tries: int = 6
+    first_wait: float = 1.0
+    """Seconds before the second try; doubled after each, unless the server says how long."""
+    workers: int = 4
+    max_tokens: int = 8
+
+
+class ServerJudge:
+    """A judge that answers in text; see `Server`."""
+
+    def __init__(
+        self,
+        server: Server,
+        *,
+        journal: Path | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.identity = f"{server.model} at {server.url}"
+        self.prompt_hash = PROMPT_HASH
+        self.num_asked = 0
+        """How many pairs were put to the server, and not found in the journal."""
+        self._server, self._journal = server, journal
+        self._progress, self._sleep = progress, sleep
+        self._lock = Lock()
+
+    def judge(self, pairs: Sequence[Pair]) -> list[Opinion]:
+        """Ask about every pair; those in the journal are not asked again.
+
+        Raises:
+            ServerError: if the server refuses (such as 401), or keeps failing after all tries.
+        """
+        known = self._read_journal()
+        keys = [self._key(pair) for pair in pairs]
+        waiting = {key: p for key, p in zip(keys, pairs, strict=True) if key not in known}
+        with ThreadPoolExecutor(self._server.workers) as pool:
+            jobs = {key: pool.submit(self._ask, key, pair) for key, pair in waiting.items()}
+            try:
+                for number, (key, job) in enumerate(jobs.items(), start=1):
+                    known[key] = job.result()
+                    if self._progress is not None:
+                        self._progress(number, len(jobs))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return [read_label(known[key]) for key in keys]
+
+    def _key(self, pair: Pair) -> str:
+        content = f"{self._server.url}\0{self._server.model}\0{question(pair)}"
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+    def _read_journal(self) -> dict[str, str]:
+        if self._journal is None or not self._journal.exists():
+            return {}
+        known: dict[str, str] = {}
+        for line in self._journal.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+                known[row["key"]] = row["answer"]
+            except (ValueError, KeyError, TypeError):
+                continue  # the last line of a run that was killed
+        return known
+
+    def _ask(self, key: str, pair: Pair) -> str:
+        body = {
+            "model": self._server.model,
+            "messages": [{"role": "user", "content": question(pair)}],
+            "temperature": 0,
+            "max_tokens": self._server.max_tokens,
+        }
+        answer = self._post(json.dumps(body).encode())
+        with self._lock:
+            self.num_asked += 1
+            if self._journal is not None:
+                self._journal.parent.mkdir(parents=True, exist_ok=True)
+                with self._journal.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"key": key, "answer": answer}) + "\n")
+        return answer
+
+    def _post(self, body: bytes) -> str:
+        server = self._server
+        headers = {"Content-Type": "application/json"}
+        if server.key:
+            headers["Authorization"] = f"Bearer {server.key}"
+        url = f"{server.url.rstrip('/')}/chat/completions"
+        wait, reason = server.first_wait, ""
+        for attempt in range(server.tries):
+            request = urllib.request.Request(url, data=body, headers=headers, method="POST")
+            try:
+                with urllib.request.urlopen(request, timeout=server.timeout) as response:
+                    return _content(json.load(response))
+            except urllib.error.HTTPError as error:
+                reason = f"{error.code} {error.reason}"
+                if error.code not in RETRIED:
+                    raise ServerError(
+                        f"judge at {url} refuses: {reason}; {_detail(error)}"
+                    ) from None
+                pause = _seconds(error.headers.get("Retry-After"), wait)
+            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+                reason, pause = str(getattr(error, "reason", error)), wait
+            if attempt + 1 < server.tries:
+                self._sleep(pause)
+                wait *= 2
+        raise ServerError(
+            f"judge at {url}: {server.tries} tries failed, the last with: {reason};\n"
+            "what was judged is kept: the same command goes on from there"
+        )
+
+
+def _content(reply: Any) -> str:
+    return str(reply["choices"][0]["message"]["content"] or "")
+
+
+def _detail(error: urllib.error.HTTPError) -> str:
+    detail = error.read(300).decode("utf-8", errors="replace").strip().replace("\n", " ")
+    return detail or "check address, model name and key"
+
+
+def _seconds(header: str | None, otherwise: float) -> float:
+    try:
+        return min(120.0, max(0.0, float(header))) if header else otherwise
+    except ValueError:
+        return otherwise

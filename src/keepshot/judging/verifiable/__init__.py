@@ -1,0 +1,1 @@
+"""Checks of verifiable instructions: pure functions of the answer's text."""

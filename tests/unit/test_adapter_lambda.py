@@ -1,0 +1,153 @@
+"""Every kind of adapter at lambda is base + lambda * (merged - base), on disk and in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import AdaLoraConfig, IA3Config, LoraConfig, OFTConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from keepshot.blending.dora import dora_at
+from keepshot.blending.sweep import rescale_adapter
+from keepshot.blending.write import verify, write
+from keepshot.errors import ModelError
+from keepshot.models.loading import LanguageModel
+
+Build = Callable[..., LanguageModel]
+LAMS = [0.0, 0.3, 0.5, 1.0, 1.2, -0.2]
+LLAMA = ["q_proj", "down_proj"]
+CONFIGS = {
+    "lora": ("llama", LoraConfig(r=4, lora_alpha=12, target_modules=LLAMA)),
+    "rslora": ("llama", LoraConfig(r=4, lora_alpha=12, target_modules=LLAMA, use_rslora=True)),
+    "dora": ("llama", LoraConfig(r=4, lora_alpha=12, target_modules=LLAMA, use_dora=True)),
+    "dora, rslora": (
+        "qwen2",
+        LoraConfig(r=3, lora_alpha=6, target_modules=LLAMA, use_dora=True, use_rslora=True),
+    ),
+    "dora, conv1d": (
+        "gpt2",
+        LoraConfig(r=4, target_modules=["c_attn"], use_dora=True, fan_in_fan_out=True),
+    ),
+    "ia3": ("llama", IA3Config(target_modules=LLAMA, feedforward_modules=["down_proj"])),
+    "ia3, conv1d": (
+        "gpt2",
+        IA3Config(target_modules=["c_attn"], feedforward_modules=[], fan_in_fan_out=True),
+    ),
+}
+
+
+def trained(model: LanguageModel, config: object) -> PeftModel:
+    torch.manual_seed(5)
+    module = get_peft_model(model.module, config)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "lora_A" in name or "lora_B" in name:
+                parameter.normal_(0.0, 0.1)
+            elif "magnitude" in name or "ia3" in name:
+                parameter.mul_(1.0 + 0.2 * torch.randn_like(parameter))
+    return module.eval()
+
+
+def merged(adapted: PeftModel) -> dict[str, Tensor]:
+    module: nn.Module = adapted.merge_and_unload()
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_on_disk_and_in_memory_it_is_the_path_between_base_and_merged(
+    kind: str, fresh_pico: Build, tmp_path: Path
+) -> None:
+    family, config = CONFIGS[kind]
+    trained(fresh_pico(family), config).save_pretrained(tmp_path / "adapter")
+    fresh_pico(family).module.save_pretrained(tmp_path / "base")
+    base = {n: t.clone() for n, t in fresh_pico(family).module.state_dict().items()}
+    ids = torch.arange(3, 30)[None]
+
+    def adapted(directory: Path) -> PeftModel:
+        return PeftModel.from_pretrained(fresh_pico(family).module, directory).eval()
+
+    live = adapted(tmp_path / "adapter")
+    before = {name: tensor.clone() for name, tensor in live.state_dict().items()}
+    end = merged(adapted(tmp_path / "adapter"))
+    changed = [name for name in base if not torch.equal(base[name], end[name])]
+    assert changed
+    for number, lam in enumerate(LAMS):
+        out = tmp_path / f"out{number}"
+        record = write(tmp_path / "base", tmp_path / "adapter", lam, out)
+        assert (record.kind, record.lam) == ("adapter", lam)
+        assert verify(out) == record
+        found = merged(adapted(out))
+        for name in base:
+            expected = base[name].double() + lam * (end[name].double() - base[name].double())
+            torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=2e-6)
+        with torch.no_grad(), rescale_adapter(live, lam):
+            torch.testing.assert_close(
+                live(ids).logits, adapted(out)(ids).logits, rtol=1e-4, atol=1e-4
+            )
+    after = live.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    first, whole = fresh_pico(family).module(ids).logits, live(ids).logits
+    assert not torch.allclose(first, whole, atol=1e-2)
+    torch.testing.assert_close(adapted(tmp_path / "out0")(ids).logits, first, rtol=1e-4, atol=1e-4)
+    assert torch.equal(adapted(tmp_path / "out3")(ids).logits, whole)
+
+
+@given(lam=st.floats(-0.5, 1.5), seed=st.integers(0, 10**6), rank=st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_dora_at_lambda_is_the_line_between_base_and_merged(lam, seed, rank) -> None:
+    generator = np.random.default_rng(seed)
+    weight = generator.normal(size=(6, 5))
+    up, down = generator.normal(size=(6, rank)), generator.normal(size=(rank, 5))
+    magnitude = np.abs(generator.normal(size=6)) + 0.1
+
+    def merge(up: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
+        moved = weight + up @ down
+        return magnitude[:, None] * moved / np.linalg.norm(moved, axis=1)[:, None]
+
+    found = dora_at(weight, up @ down, magnitude, lam)
+    if found is None:
+        return
+    factor, size = found
+    expected = weight + lam * (merge(up, magnitude) - weight)
+    np.testing.assert_allclose(merge(factor[:, None] * up, size), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_row_without_base_weight_is_no_dora_adapter() -> None:
+    """1 - lambda + lambda m / c = 0: nothing of W is left, and a DoRA row always holds W."""
+    weight = np.array([[1.0, 0.0]])
+    assert dora_at(weight, np.zeros((1, 2)), np.array([0.5]), 2.0) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (OFTConfig(r=4, oft_block_size=0, target_modules=["q_proj"]), "type 'OFT' cannot be"),
+        (
+            AdaLoraConfig(target_modules=["q_proj"], total_step=10, tinit=1, tfinal=1),
+            "type 'ADALORA' cannot be",
+        ),
+        (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "whole modules"),
+        (LoraConfig(target_modules=["q_proj"], bias="all"), "biases were trained"),
+        (LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"), "changed base weights"),
+        (
+            LoraConfig(target_modules=["q_proj"], use_dora=True, alpha_pattern={"q_proj": 3}),
+            "DoRA with a scale per module",
+        ),
+        (IA3Config(target_modules=["k_proj"], feedforward_modules=[], modules_to_save=["lm_head"]),
+         "whole modules"),
+    ],
+)  # fmt: skip
+def test_what_has_no_exact_rule_is_refused_by_name(
+    config: object, message: str, fresh_pico: Build, tmp_path: Path
+) -> None:
+    fresh_pico("llama").module.save_pretrained(tmp_path / "base")
+    get_peft_model(fresh_pico("llama").module, config).save_pretrained(tmp_path / "a")  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=message):
+        write(tmp_path / "base", tmp_path / "a", 0.5, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
