@@ -153,7 +153,8 @@ def without_run(page: str) -> str:
 def test_help(golden: Compare, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    for command in ("", *commands):
+    # What `lm-eval --help` says is the harness's own text.
+    for command in ("", *(name for name in commands if name != "lm-eval")):
         assert status(*command.split(), "--help") == 0
     golden("help.txt", trimmed(capsys.readouterr().out))
 
