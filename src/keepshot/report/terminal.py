@@ -25,7 +25,7 @@ NAME_WIDTH = 24
 def summary_table(document: ResultDocument) -> Table:
     """Return one line per arm: target, few-shot scores, retention, each with its interval.
 
-    With more than two numbers of shots only the largest has its interval, to stay narrow.
+    Of several numbers of shots only the largest has its interval, to stay within 80 columns.
     """
     listed = view.arms(document)
     names = short_names([arm.name for arm in listed])
@@ -33,10 +33,10 @@ def summary_table(document: ResultDocument) -> Table:
     with_target = any(arm.target for arm in listed)
     table = _table("arm" if view.kind(document) == "run" else "model")
     if with_target:
-        table.add_column("target, 0 shots", justify="right")
+        table.add_column("target", justify="right")
     for number in shots:
         table.add_column(f"{number} shots", justify="right")
-    for title in ("gain", "retention", "changed", "n"):
+    for title in ("retention", "changed", "n"):
         table.add_column(title, justify="right")
     for arm in listed:
         cells = [_name(names[arm.name], arm.row.lam)]
@@ -44,11 +44,11 @@ def summary_table(document: ResultDocument) -> Table:
             cells.append(_scored(arm.row.target, arm.row.target_ci95))
         for number in shots:
             row = arm.by_shots.get(number)
-            full = len(shots) <= 2 or number == shots[-1]
+            full = number == shots[-1]
             cells.append(_scored(row.icl if row else None, row.icl_ci95 if row and full else None))
         kept = f"{percent(arm.row.retention)} {percent_interval(arm.row.retention_ci95)}"
         changed = percent(arm.row.changed) if arm is not listed[0] else ""
-        ends = (score(arm.row.icl_gain), kept, changed, f"{arm.row.num_items}")
+        ends = (kept, changed, f"{arm.row.num_items}")
         cells += [Text(t.strip()) for t in ends]
         table.add_row(*cells)
     return table

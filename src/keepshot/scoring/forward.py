@@ -12,6 +12,7 @@ Shapes: R rows, L tokens a row, P tokens in the cache, K = P + L keys, D width, 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -162,8 +163,7 @@ class Trunk:
         return output.logits[:, -num_last:].float()
 
     def _keep(self, num_last: int) -> dict[str, int]:
-        code = self.inner.forward.__func__.__code__
-        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        names = inspect.signature(self.inner.forward).parameters
         return {"logits_to_keep": num_last} if "logits_to_keep" in names else {}
 
     def _find_sharing(self) -> Sharing:
