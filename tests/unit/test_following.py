@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 
 from keepshot.assets import AssetStore
-from keepshot.errors import ModelError
+from keepshot.errors import ModelError, TaskError
+from keepshot.jobs.following import Follower
+from keepshot.jobs.specs import Following
 from keepshot.judging.answers import answer_prompts, rendered, style_of
 from keepshot.judging.follow import Examiner, instruction_scores, load_set
 from keepshot.judging.policy import Policy
 from keepshot.models.loading import LanguageModel
+from keepshot.progress import Silent
 from keepshot.records import InstructionRow, read_instructions, write_instructions
 from keepshot.scoring.engine import Engine
 from keepshot.scoring.request import Generate, GenerateResult
@@ -52,6 +56,8 @@ def test_draws_are_the_same_alone_and_together(
     assert texts[0] != texts[1]  # another seed
     greedy = Engine(model).run([Generate(contexts[0], 8), Generate(contexts[0], 8, (), 1e-6, 3)])
     assert greedy[0] == greedy[1]  # a temperature near zero draws the likeliest token
+    beside = Engine(model).run([asked[0], asked[1], Generate(contexts[0], 8)])
+    assert beside == [*together[:2], greedy[0]]  # draws at a place leave its likeliest token alone
 
 
 def test_draws_follow_the_softmax(pico_models: dict[str, LanguageModel]) -> None:
@@ -107,3 +113,21 @@ def test_scores_by_hand() -> None:
         "punctuation:no_comma": 1.0, "startend:quotation": 0.0, "startend:end_checker": 0.0,
     }  # fmt: skip
     assert score.instruction_strict_ci95[0] <= 0.5 <= score.instruction_strict_ci95[1]
+
+
+def test_a_prompt_without_room_is_named_before_anything_is_asked(
+    fresh_pico: Callable[..., LanguageModel], tmp_path: Path
+) -> None:
+    model = fresh_pico("llama")
+    long = "Say it again. " * model.context_length
+    row = {
+        "key": 1,
+        "prompt": long,
+        "instruction_id_list": ["punctuation:no_comma"],
+        "kwargs": [{}],
+    }
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    follower = Follower(Following(prompts=str(path)), AssetStore(tmp_path), None, Silent())
+    with pytest.raises(TaskError, match="leaves no room in the context"):
+        follower.check(model)

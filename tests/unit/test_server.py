@@ -55,7 +55,7 @@ SERVER = textwrap.dedent('''
             time.sleep(0.05)
             with lock:
                 now -= 1
-            assert body["temperature"] == 0.0
+            assert (body["temperature"], body.get("seed")) in ((0.0, None), (0.7, 5))
             if word == "flaky" and count < 3:
                 return self.answer({"error": "busy"}, 503)
             if word == "down":
@@ -188,3 +188,10 @@ def test_measure_sends_exact_tasks_to_the_server(
     many = spec.model_copy(update={"models": (*spec.models, "other")})
     with pytest.raises(ConfigError, match="serves one model"):
         measure_models(many, store, None, Silent())
+
+
+def test_a_temperature_and_its_seed_reach_the_server(address: str) -> None:
+    drawn = patient(address).complete("x warm", 8, (), temperature=0.7, seed=5)
+    assert drawn.stopped
+    with pytest.raises(ModelError, match="gave no answer"):
+        patient(address).complete("x warm", 8, (), temperature=0.6)
