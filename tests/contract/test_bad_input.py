@@ -433,11 +433,14 @@ def test_ctrl_c_while_tuning_goes_on_to_the_same_bits(
     state = here / ".out.unfinished" / "parts" / "state"
 
     def saved() -> bool:
-        return any(state.glob("checkpoint-*/trainer_state.json"))
+        return any(state.glob("checkpoint-*/complete"))
 
     assert interrupted(f"{arguments} --out out", saved) == 130
     assert not (here / "out").exists()
     assert saved()
+    torn = state / "checkpoint-59"
+    torn.mkdir(exist_ok=True)
+    (torn / "trainer_state.json").write_text("")
     assert status(f"{arguments} --out out") == 0
     assert status(f"{arguments} --out whole") == 0
     again, whole = (

@@ -172,6 +172,7 @@ def test_states_of_another_recipe_are_not_taken_up(fresh_pico: Build, tmp_path: 
     state_dir = tmp_path / "state"
     (state_dir / "checkpoint-3").mkdir(parents=True)
     (state_dir / "checkpoint-3" / "trainer_state.json").write_text("{}", encoding="utf-8")
+    (state_dir / "checkpoint-3" / "complete").touch()
     (state_dir / "recipe").write_text("another", encoding="utf-8")
     extra = Extra(state_dir=state_dir)
     record = train(recipe(steps=2), fresh_pico("llama"), EXAMPLES, None, extra=extra)

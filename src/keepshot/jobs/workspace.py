@@ -27,7 +27,7 @@ from keepshot.records import InstructionRow, ItemResult, ResultDocument
 from keepshot.report import write_report
 from keepshot.specs import Spec
 
-FINISHED_PARTS = ("*.parquet", "tuning.json", "keepshot.json", "trainer_state.json")
+FINISHED_PARTS = ("*.parquet", "tuning.json", "keepshot.json", "complete")
 """Files whose presence means that there is something to go on from."""
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scipy")
 

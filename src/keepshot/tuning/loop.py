@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from keepshot.errors import TrainingError
 from keepshot.models.conversion import quiet_transformers
+from keepshot.outputs import write_text
 from keepshot.progress import Progress
 from keepshot.tuning.batch import Padded, Sample, group, pad, read_logits
 from keepshot.tuning.methods import Prepared, training
@@ -33,6 +34,8 @@ from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.terms import next_token
 
 TRAINED_FILE = "trained.safetensors"
+COMPLETE_FILE = "complete"
+"""Written last into a resume state: without it the state is half-written and never used."""
 GOOD_EVERY = 10
 """Steps between copies of the weights that a failed run falls back on."""
 
@@ -161,6 +164,15 @@ class _KeepTrainer(Trainer):
         trained = {name: p.detach().contiguous() for name, p in self._named()}
         save_file(trained, Path(output_dir) / TRAINED_FILE)
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # The Trainer's own rotation would delete the last good state before this one is complete.
+        super()._save_checkpoint(model, trial)
+        place = Path(self.args.output_dir or "")
+        state = place / f"checkpoint-{self.state.global_step}"
+        write_text("", state / COMPLETE_FILE)
+        for older in set(place.glob("checkpoint-*")) - {state}:
+            shutil.rmtree(older, ignore_errors=True)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # The Trainer's own would look up weights under the names that save_pretrained gives them,
         # which for some families are not those of the live module, and go on without.
@@ -258,7 +270,6 @@ def _arguments(loop: Loop, place: Path) -> TrainingArguments:
         seed=recipe.seed,
         save_strategy="no" if loop.state_dir is None else "steps",
         save_steps=recipe.save_every,
-        save_total_limit=1,
         eval_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
@@ -290,7 +301,7 @@ def _state(loop: Loop) -> Generator[Path]:
 
 
 def _last_state(place: Path) -> str | None:
-    """Return the newest complete state: the Trainer writes `trainer_state.json` last."""
-    states = [path.parent for path in place.glob("checkpoint-*/trainer_state.json")]
+    """Return the newest complete state."""
+    states = [path.parent for path in place.glob(f"checkpoint-*/{COMPLETE_FILE}")]
     newest = max(states, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     return None if newest is None else str(newest)
