@@ -17,5 +17,6 @@ TASKS = [
     "reference-format", "second-item", "last-item", "look-up", "pick-animal", "pick-colour",
     "word-group", "number-name", "number-spelling", "extract-phone", "extract-town",
     "extract-day", "sentence-topic", "sentence-feeling", "short-facts", "opposite", "support",
+    "instructions", "instructions-homogeneous",
     "upper-case", "repeat-words", "title-case", "drop-vowels", "spell-out", "link-words",
 ]  # fmt: skip
