@@ -17,7 +17,8 @@ from keepshot.models.loading import LanguageModel, load, save
 from keepshot.progress import Silent
 from keepshot.prompts import Example
 from keepshot.tasks.task import Task
-from keepshot.tuning.recipe import Recipe, Term, default_learning_rate, parse_keep, parse_method
+from keepshot.tuning.keep import Term, parse_keep
+from keepshot.tuning.recipe import Recipe, default_learning_rate, parse_method
 from keepshot.tuning.train import Extra, TuneRecord, train
 
 Build = Callable[..., LanguageModel]

@@ -84,7 +84,7 @@ class _Run:
         self._check_separation()
         self.anchors = {arm: anchor_tasks(recipe, store) for arm, recipe in spec.arms.items()}
         self.extra = {
-            arm: Extra(template=self.target.template, general=general_rows(recipe))
+            arm: Extra(template=self.target.template, general=general_rows(recipe, store))
             for arm, recipe in spec.arms.items()
         }
         self.items: list[ItemResult] = []
