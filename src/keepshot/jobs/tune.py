@@ -24,6 +24,7 @@ from keepshot.tasks.source import Row, read_rows
 from keepshot.tasks.task import Task
 from keepshot.tuning.data import hold_out
 from keepshot.tuning.keep import Mix, anchor_names, find_term
+from keepshot.tuning.mixture import lines
 from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.train import Extra, TuneRecord, train
 
@@ -77,7 +78,7 @@ def tune(
         summary=[],
         cost=records.Cost(seconds=record.seconds),
         training=[record.training_record("tuned")],
-        notes=[_words(record)],
+        notes=[_words(record), "\n".join(lines(record.sources))],
     )
     return workspace.finish(document, [])
 

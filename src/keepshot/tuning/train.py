@@ -66,7 +66,7 @@ class TuneRecord:
     tokens: int
     """Tokens of the training samples that went through the model, the KL term's not counted."""
     seconds: float
-    sources: list[dict[str, Any]] = field(default_factory=list)
+    sources: tuple[Branch, ...] = ()
     """What each step reads: a tree of sources with sizes and fingerprints."""
     losses: list[dict[str, float]] = field(default_factory=list)
     """One row a step: `step`, `loss`, and each of its parts before weighting."""
@@ -183,7 +183,7 @@ def train(
         data_fingerprint=fingerprint(encoded.samples),
         tokens=sum(len(sample) for sample in samples),
         seconds=time.perf_counter() - began,
-        sources=[dataclasses.asdict(item) for item in _tree(recipe, data)],
+        sources=_tree(recipe, data),
         losses=losses,
         validation_loss=mean_loss(model, held_out.samples) if held_out else None,
     )
