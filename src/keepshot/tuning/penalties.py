@@ -108,10 +108,12 @@ def diagonal_fisher(
         probabilities_NV = torch.softmax(logits_NV.detach().float(), dim=-1).cpu()
         drawn_N = torch.multinomial(probabilities_NV, 1, generator=generator)[:, 0].to(device)
         total = token_log_probs(logits_NV, drawn_N).sum()
-        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        # What no position depends on has no gradient, and no information: it counts as zero.
+        gradients = torch.autograd.grad(
+            total, parameters, allow_unused=True, materialize_grads=True
+        )
         for sums, gradient in zip(totals, gradients, strict=True):
-            if gradient is not None:
-                sums += gradient.float().square()
+            sums += gradient.float().square()
     count = sum(len(sample.read) for sample in samples)
     return {
         name: sums / count * prepared.masks.get(name, torch.ones((), device=sums.device))
