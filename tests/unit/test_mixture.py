@@ -16,9 +16,10 @@ from keepshot.prompts import Example, Template
 from keepshot.tasks.source import TextRow
 from keepshot.tasks.task import Task
 from keepshot.tuning.anchors import AnchorKL, cache_teacher, draw_prompts
-from keepshot.tuning.batch import Sample, fingerprint
+from keepshot.tuning.batch import Sample, Source, fingerprint
 from keepshot.tuning.data import encode_few_shot
-from keepshot.tuning.keep import EWC, KL, L2SP, FewShot, Mix
+from keepshot.tuning.keep import EWC, KL, L2SP, FewShot, Mix, TokenMask
+from keepshot.tuning.masking import mask_tokens
 from keepshot.tuning.methods import prepare
 from keepshot.tuning.mixture import auxiliary_samples, few_shot_samples, lines, mix
 from keepshot.tuning.penalties import diagonal_fisher, few_shot_loss, pull_from_here
@@ -232,3 +233,31 @@ def test_k3_caches_one_number_a_token(fresh_pico: Build):
         assert AnchorKL("kl", 5.0, pool, "k3", 0)(model.module, 0, head).item() == pytest.approx(
             0.0, abs=1e-9
         )
+
+
+def test_masking_leaves_out_what_the_untuned_model_finds_unlikely(model: LanguageModel):
+    head = model.module.get_output_embeddings()
+    encoded = [encode_few_shot(model, TEMPLATE, [], Example(w, w.upper())) for w in WORDS]
+    perplexities: dict[tuple[tuple[int, ...], int], float] = {}
+    with torch.no_grad():
+        for sample in encoded:
+            log_probs = model.module(input_ids=torch.tensor([sample.ids])).logits[0].log_softmax(-1)
+            for position in sample.read:
+                value = log_probs[position, sample.ids[position + 1]]
+                perplexities[sample.ids, position] = float(np.exp(-value.item()))
+    threshold = float(np.median(list(perplexities.values())))
+    masked = mask_tokens(model, [Source(tuple(encoded), 4)], threshold, head=head)
+    left = {(s.ids, position) for s in masked.sources[0].samples for position in s.read}
+    assert left == {place for place, value in perplexities.items() if value <= threshold}
+    assert masked.num_tokens == len(perplexities) - len(left)
+    assert masked.num_samples == len(encoded) - len(masked.sources[0].samples)
+    assert masked.sources[0].count == 4
+    with pytest.raises(ConfigError, match=r"every answer token of 12 samples .* raise `threshold`"):
+        mask_tokens(model, [Source(tuple(encoded), 4)], 1.0, head=head)
+
+
+def test_masking_is_of_the_target_alone_and_recorded(fresh_pico: Build):
+    keep = (Mix(icl_share=0.2, shots=2), TokenMask(threshold=60.0))
+    record = train(recipe(keep=keep), fresh_pico("llama"), EXAMPLES, None, anchors=[TASK])
+    assert record.num_masked_tokens > 0
+    assert record.sources[0].samples == 12

@@ -1,6 +1,6 @@
 """What holds on to few-shot ability while tuning: the keep terms, as frozen specs.
 
-Two kinds: what changes the data of a batch (`mix`), and what is added to the loss (all others).
+Two kinds: what changes the data of a batch (`mix`, `stm`), and what is added to the loss.
 Knows no torch and no model; what a term computes is in `terms`.
 """
 
@@ -131,9 +131,19 @@ class EWC(Spec):
         return self
 
 
-KeepTerm = KL | Mix | FewShot | L2SP | EWC
+class TokenMask(Spec):
+    """Answer tokens that the untuned model finds unlikely are left out of the loss (STM)."""
+
+    name: Literal["stm"] = "stm"
+    """Tag of this term: selective token masking (arXiv 2501.14315)."""
+    threshold: float = Field(default=2.5, gt=1.0)
+    """Highest perplexity, under the untuned model and given what precedes, of a token that is
+    learned. Short labels under a new format are often all above it: such rows are left out."""
+
+
+KeepTerm = KL | Mix | FewShot | L2SP | EWC | TokenMask
 Term = Annotated[KeepTerm, Field(discriminator="name")]
-KEEP_TERMS: tuple[KeepTerm, ...] = (KL(), Mix(), FewShot(), L2SP(), EWC())
+KEEP_TERMS: tuple[KeepTerm, ...] = (KL(), Mix(), FewShot(), L2SP(), EWC(), TokenMask())
 """Every term with its defaults."""
 TERMS: tuple[str, ...] = tuple(term.name for term in KEEP_TERMS)
 _T = TypeVar("_T", bound=Spec)

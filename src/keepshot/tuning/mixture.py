@@ -63,6 +63,8 @@ class Mixture:
     """The sources of every batch, and the same as a tree."""
 
     sources: tuple[Source, ...]
+    """The target's first."""
+    num_target: int
     tree: tuple[Branch, ...]
 
 
@@ -113,7 +115,7 @@ def mix(
             for (name, samples), source in zip(target, dealt, strict=True)
         ]
     root = branch(f"target: {recipe.data}", whole, left, parts)
-    return Mixture((*dealt, *sources), (root, *tree))
+    return Mixture((*dealt, *sources), len(dealt), (root, *tree))
 
 
 def _count(share: float, recipe: Recipe) -> int:

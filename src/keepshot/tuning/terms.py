@@ -86,6 +86,11 @@ def pull(pairs: Iterable[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
     return 0.5 * torch.stack(parts).sum()
 
 
+def likely(log_probs_N: Tensor, threshold: float) -> Tensor:
+    """Return True (N) where a token's perplexity is at most `threshold` (arXiv 2501.14315)."""
+    return (-log_probs_N).exp() <= threshold
+
+
 def annealed(first: float, last: float, step: int, steps: int) -> float:
     """Return a weight that goes from `first` at step 0 to `last` at step `steps - 1`, linearly."""
     if steps < 2:

@@ -27,8 +27,9 @@ from keepshot.tasks.task import Task
 from keepshot.tuning.anchors import AnchorKL, cache_teacher, draw_prompts
 from keepshot.tuning.batch import Sample, fingerprint, group, pad, read_logits, schedule
 from keepshot.tuning.data import Encoded, encode_rows
-from keepshot.tuning.keep import EWC, KL, L2SP, FewShot, Mix, find_term
+from keepshot.tuning.keep import EWC, KL, L2SP, FewShot, Mix, TokenMask, find_term
 from keepshot.tuning.loop import Loop, StepTerm, run
+from keepshot.tuning.masking import Masked, mask_tokens
 from keepshot.tuning.methods import Prepared, export, prepare, seeded
 from keepshot.tuning.mixture import (
     Branch,
@@ -66,6 +67,10 @@ class TuneRecord:
     tokens: int
     """Tokens of the training samples that went through the model, the KL term's not counted."""
     seconds: float
+    num_masked_tokens: int = 0
+    """Answer tokens that an `stm` term left out of the loss, among different samples."""
+    num_masked_samples: int = 0
+    """Samples of which it left nothing."""
     sources: tuple[Branch, ...] = ()
     """What each step reads: a tree of sources with sizes and fingerprints."""
     losses: list[dict[str, float]] = field(default_factory=list)
@@ -151,8 +156,9 @@ def train(
     encoded, held_out = data.encoded, data.held_out
     recipe = recipe.resolved(len(encoded.samples))
     assert recipe.steps is not None
-    samples = schedule(data.mixture.sources, recipe.steps, recipe.seed)
     head: Any = model.module.get_output_embeddings()
+    masked = _masked(recipe, model, data, head)
+    samples = schedule(masked.sources, recipe.steps, recipe.seed)
     terms = _before(recipe, model, data, head)
     # Gradients pass through a head that does not train, so its freezing by a method is harmless.
     prepared = prepare(recipe.method, model.module, recipe.seed)
@@ -183,6 +189,8 @@ def train(
         data_fingerprint=fingerprint(encoded.samples),
         tokens=sum(len(sample) for sample in samples),
         seconds=time.perf_counter() - began,
+        num_masked_tokens=masked.num_tokens,
+        num_masked_samples=masked.num_samples,
         sources=_tree(recipe, data),
         losses=losses,
         validation_loss=mean_loss(model, held_out.samples) if held_out else None,
@@ -299,6 +307,16 @@ def _by_origin(
     ]  # fmt: skip
 
 
+def _masked(recipe: Recipe, model: LanguageModel, data: Tokenised, head: Any) -> Masked:
+    """Return the sources of all batches, the target's masked if a term asks for it."""
+    term = find_term(recipe.keep, TokenMask)
+    sources, count = data.mixture.sources, data.mixture.num_target
+    if term is None:
+        return Masked(sources, 0, 0)
+    target = mask_tokens(model, sources[:count], term.threshold, head=head)
+    return dataclasses.replace(target, sources=(*target.sources, *sources[count:]))
+
+
 def _before(recipe: Recipe, model: LanguageModel, data: Tokenised, head: Any) -> list[StepTerm]:
     """Return the terms that are made while the model is untouched."""
     assert recipe.steps is not None
@@ -311,7 +329,7 @@ def _before(recipe: Recipe, model: LanguageModel, data: Tokenised, head: Any) ->
             case FewShot():
                 prompts = data.prompts[term.name]
                 terms.append(few_shot_loss(term, prompts, recipe.steps, recipe.seed))
-            case Mix() | L2SP() | EWC():
+            case Mix() | L2SP() | EWC() | TokenMask():
                 pass
             case _:
                 assert_never(term)
