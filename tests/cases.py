@@ -5,13 +5,13 @@ Whoever adds a method, a keep term, a task or a family adds it here, and so to e
 
 from __future__ import annotations
 
-from keepshot.tuning.keep import EWC, KL, L2SP, FewShot, Mix, TokenMask
+from keepshot.tuning.keep import EWC, KL, L2SP, FewShot, Mix, SelfDistil, TokenMask
 from keepshot.tuning.recipe import Full, LoRA, ValueOnly
 
 METHODS = [Full(), LoRA(rank=2), ValueOnly()]
 TERMS = [
     KL(prompts=8), Mix(), FewShot(shots=2, prompts_per_step=2), L2SP(), EWC(prompts=4),
-    TokenMask(threshold=300.0),
+    TokenMask(threshold=300.0), SelfDistil(max_new_tokens=8),
 ]  # fmt: skip
 FAMILIES = ["llama", "gpt2", "gpt_neox", "qwen2", "gemma3", "falcon"]
 TASKS = [

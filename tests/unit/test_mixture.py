@@ -13,12 +13,14 @@ import torch
 from keepshot.errors import ConfigError
 from keepshot.models.loading import LanguageModel
 from keepshot.prompts import Example, Template
-from keepshot.tasks.source import TextRow
+from keepshot.scoring.request import Generate, GenerateResult
+from keepshot.tasks.source import PromptRow, TextRow
 from keepshot.tasks.task import Task
 from keepshot.tuning.anchors import AnchorKL, cache_teacher, draw_prompts
 from keepshot.tuning.batch import Sample, Source, fingerprint
 from keepshot.tuning.data import encode_few_shot
-from keepshot.tuning.keep import EWC, KL, L2SP, FewShot, Mix, TokenMask
+from keepshot.tuning.distil import ASK, agrees, rewrite
+from keepshot.tuning.keep import EWC, KL, L2SP, FewShot, Mix, SelfDistil, TokenMask
 from keepshot.tuning.masking import mask_tokens
 from keepshot.tuning.methods import prepare
 from keepshot.tuning.mixture import auxiliary_samples, few_shot_samples, lines, mix
@@ -261,3 +263,42 @@ def test_masking_is_of_the_target_alone_and_recorded(fresh_pico: Build):
     record = train(recipe(keep=keep), fresh_pico("llama"), EXAMPLES, None, anchors=[TASK])
     assert record.num_masked_tokens > 0
     assert record.sources[0].samples == 12
+
+
+def test_answers_are_rewritten_where_the_model_agrees(fresh_pico: Build):
+    model = fresh_pico("llama")
+    rows = [Example("w1", "A"), PromptRow("w2", " B"), TextRow("free text")]
+    term = SelfDistil(max_new_tokens=6)
+    assert rewrite(model, rows, term).rows == rows
+    contexts = [
+        f"{ASK.description}Question: {q}\nReference answer: {a}\nYour answer:"
+        for q, a in (("w1", "A"), ("w2", " B"))
+    ]
+    requests = [Generate(tuple(model.encode(text)), 6, ("\n",)) for text in contexts]
+
+    class Agreeable:
+        """Says what a random model never does."""
+
+        def __init__(self, _: LanguageModel) -> None: ...
+
+        def run(self, asked: list[Generate]) -> list[GenerateResult]:
+            assert asked == requests
+            return [GenerateResult(" It is a. ", True), GenerateResult(" x B y", False)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("keepshot.tuning.distil.Engine", Agreeable)
+        made = rewrite(model, rows, term)
+    assert made.rows == [Example("w1", "It is a."), rows[1], rows[2]]
+    assert made.num_rewritten == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "answer", "expected"),
+    [
+        ("That makes 12 euros.", "3 * 4 = 12", True), ("That makes 13.", "12", False),
+        ("It is blue.", "Blue", True), ("bluebell", "Blue", False), ("", "Blue", False),
+        ("no number", "7", False), ("It is U.S. law.", "U.S.", True),
+    ],
+)  # fmt: skip
+def test_agreement(own: str, answer: str, expected: bool):
+    assert agrees(own, answer) == expected

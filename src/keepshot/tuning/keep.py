@@ -1,6 +1,6 @@
 """What holds on to few-shot ability while tuning: the keep terms, as frozen specs.
 
-Two kinds: what changes the data of a batch (`mix`, `stm`), and what is added to the loss.
+Two kinds: what changes the data (`mix`, `stm`, `self-distil`), and what is added to the loss.
 Knows no torch and no model; what a term computes is in `terms`.
 """
 
@@ -141,9 +141,21 @@ class TokenMask(Spec):
     learned. Short labels under a new format are often all above it: such rows are left out."""
 
 
-KeepTerm = KL | Mix | FewShot | L2SP | EWC | TokenMask
+class SelfDistil(Spec):
+    """The untuned model rewrites the target's answers; what agrees with them is learned instead."""
+
+    name: Literal["self-distil"] = "self-distil"
+    """Tag of this term: self-distilled targets (arXiv 2402.13669)."""
+    max_new_tokens: PositiveInt = 128
+    """Longest rewriting in tokens; a longer one is not taken. It changes the wording of answers,
+    so a target judged by exact match loses by it; for answers in sentences."""
+
+
+KeepTerm = KL | Mix | FewShot | L2SP | EWC | TokenMask | SelfDistil
 Term = Annotated[KeepTerm, Field(discriminator="name")]
-KEEP_TERMS: tuple[KeepTerm, ...] = (KL(), Mix(), FewShot(), L2SP(), EWC(), TokenMask())
+KEEP_TERMS: tuple[KeepTerm, ...] = (
+    KL(), Mix(), FewShot(), L2SP(), EWC(), TokenMask(), SelfDistil(),
+)  # fmt: skip
 """Every term with its defaults."""
 TERMS: tuple[str, ...] = tuple(term.name for term in KEEP_TERMS)
 _T = TypeVar("_T", bound=Spec)

@@ -27,7 +27,8 @@ from keepshot.tasks.task import Task
 from keepshot.tuning.anchors import AnchorKL, cache_teacher, draw_prompts
 from keepshot.tuning.batch import Sample, fingerprint, group, pad, read_logits, schedule
 from keepshot.tuning.data import Encoded, encode_rows
-from keepshot.tuning.keep import EWC, KL, L2SP, FewShot, Mix, TokenMask, find_term
+from keepshot.tuning.distil import Rewritten, rewrite
+from keepshot.tuning.keep import EWC, KL, L2SP, FewShot, Mix, SelfDistil, TokenMask, find_term
 from keepshot.tuning.loop import Loop, StepTerm, run
 from keepshot.tuning.masking import Masked, mask_tokens
 from keepshot.tuning.methods import Prepared, export, prepare, seeded
@@ -71,6 +72,8 @@ class TuneRecord:
     """Answer tokens that an `stm` term left out of the loss, among different samples."""
     num_masked_samples: int = 0
     """Samples of which it left nothing."""
+    num_rewritten: int = 0
+    """Rows whose answer is the model's own wording, by a `self-distil` term."""
     sources: tuple[Branch, ...] = ()
     """What each step reads: a tree of sources with sizes and fingerprints."""
     losses: list[dict[str, float]] = field(default_factory=list)
@@ -152,7 +155,9 @@ def train(
     """
     extra = extra or Extra()
     began = time.perf_counter()
-    data = tokenise(recipe, model, examples, anchors=anchors, validation=validation, extra=extra)
+    rewriting = find_term(recipe.keep, SelfDistil)
+    own = rewrite(model, examples, rewriting) if rewriting else Rewritten(list(examples), 0)
+    data = tokenise(recipe, model, own.rows, anchors=anchors, validation=validation, extra=extra)
     encoded, held_out = data.encoded, data.held_out
     recipe = recipe.resolved(len(encoded.samples))
     assert recipe.steps is not None
@@ -191,6 +196,7 @@ def train(
         seconds=time.perf_counter() - began,
         num_masked_tokens=masked.num_tokens,
         num_masked_samples=masked.num_samples,
+        num_rewritten=own.num_rewritten,
         sources=_tree(recipe, data),
         losses=losses,
         validation_loss=mean_loss(model, held_out.samples) if held_out else None,
@@ -329,7 +335,7 @@ def _before(recipe: Recipe, model: LanguageModel, data: Tokenised, head: Any) ->
             case FewShot():
                 prompts = data.prompts[term.name]
                 terms.append(few_shot_loss(term, prompts, recipe.steps, recipe.seed))
-            case Mix() | L2SP() | EWC() | TokenMask():
+            case Mix() | L2SP() | EWC() | TokenMask() | SelfDistil():
                 pass
             case _:
                 assert_never(term)
