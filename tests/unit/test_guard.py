@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,6 +179,9 @@ def test_what_the_guard_refuses(fresh_pico: Build, tmp_path: Path):
             ICLGuard(**settings)  # type: ignore[arg-type]
     with pytest.raises(AssetError, match="is not fetched here"):
         ICLGuard("country-capital")
+    sharded = SimpleNamespace(fsdp="full_shard", deepspeed=None)
+    with pytest.raises(ConfigError, match="divided among processes"):
+        ICLGuard().on_train_begin(sharded, None, None)
     model = fresh_pico("llama")
     hopeless = Task(
         "hopeless", "exact", 1, "", "", ANCHOR.demonstrations,
@@ -189,6 +193,26 @@ def test_what_the_guard_refuses(fresh_pico: Build, tmp_path: Path):
         trainer.train()
     with pytest.raises(ConfigError, match="has no tokenizer"):
         live_model(model.module, None)
+
+
+def test_after_a_resume_the_reference_is_the_model_as_resumed(
+    fresh_pico: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    first, second = fresh_pico("llama"), fresh_pico("llama")
+    task = known_task(first)
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "learning_rate": 1e-3}
+    trainer = stock_trainer(first, tmp_path, **settings)
+    ICLGuard([task], every=4, probe=Probe(shots=2)).watch(trainer)
+    trainer.train()
+    guard = ICLGuard([task], every=2, probe=Probe(shots=2))
+    trainer = stock_trainer(second, tmp_path, **settings)
+    guard.watch(trainer)
+    with caplog.at_level(logging.WARNING, logger="keepshot.tuning.guard"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert [reading.step for reading in guard.readings] == [4, 6]
+    assert guard.readings[0].retention == 1.0
+    assert "goes on at step 4, so retention is against the model there" in caplog.text
+    assert equal(weights(first.module), weights(second.module))
 
 
 def test_the_default_probe_needs_no_download():
@@ -241,6 +265,8 @@ def test_evaluation_does_not_see_the_term(fresh_pico: Build, tmp_path: Path):
     trainer = stock_trainer(model, tmp_path)
     plain = trainer.evaluate(trainer.train_dataset)["eval_loss"]
     keep_close(trainer, KL(prompts=8), tasks=[ANCHOR])
+    with pytest.raises(ConfigError, match="has a kl term already"):
+        keep_close(trainer, KL(prompts=8), tasks=[ANCHOR])
     trainer.train()
     tuned = trainer.evaluate(trainer.train_dataset)["eval_loss"]
     assert tuned < plain

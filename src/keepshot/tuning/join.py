@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+from keepshot.errors import ConfigError
 from keepshot.tasks.task import Task
 from keepshot.tuning.anchors import AnchorKL, cache_teacher, draw_prompts
 from keepshot.tuning.keep import KL
@@ -41,9 +42,12 @@ def keep_close(
         seed: of the prompts and their order.
 
     Raises:
-        ConfigError: if the trainer has no tokenizer, or no prompt fits the model's context.
+        ConfigError: if the trainer has no tokenizer or such a term already, or no prompt fits the
+            model's context.
         TaskError: if a task is unknown or cannot be used.
     """
+    if isinstance(getattr(trainer.compute_loss, "__self__", None), _Joined):
+        raise ConfigError("the trainer has a kl term already; join it once")
     term = term or KL()
     model = live_model(trainer.model, trainer.processing_class)
     anchors = named_tasks(term.tasks if tasks is None else tasks)
