@@ -9,20 +9,8 @@ import pytest
 from keepshot.errors import ConfigError
 from keepshot.specs import Spec
 from keepshot.tuning import recipe as recipes
-from keepshot.tuning.recipe import (
-    KL,
-    METHODS,
-    TERMS,
-    Full,
-    LoRA,
-    Mix,
-    Recipe,
-    ValueOnly,
-    auto,
-    find_term,
-    parse_keep,
-    parse_method,
-)
+from keepshot.tuning.keep import KL, TERMS, Mix, find_term, parse_keep
+from keepshot.tuning.recipe import METHODS, Full, LoRA, Recipe, ValueOnly, auto, parse_method
 
 
 def read(**content: Any) -> Recipe:
