@@ -27,9 +27,9 @@ from keepshot.scoring.request import (
 )
 from keepshot.scoring.sampling import is_sampled, next_tokens
 
-ANSWERS_PER_BATCH = 1 / 20
+ANSWERS_PER_BATCH = 1 / 8
 """Decoding waits for batch tokens times this many answers, so that a step is worth its while."""
-KEYS_PER_BATCH = 1
+KEYS_PER_BATCH = 6
 """It waits no longer once it holds this many keys for each batch token: all are looked at."""
 
 
@@ -74,6 +74,9 @@ class SharedRun:
         self._trunk = trunk
         self._requests = requests
         self._limits = limits
+        # On a GPU scores of long shared keys would be held whole: there the model's own kernels
+        # run over all keys, and only decoding attends apart.
+        self._apart = trunk.apart and trunk.device.type == "cpu"
         self._trie = build_trie([tokens_to_read(request) for request in requests])
         self._plan = plan(self._trie, limits)
         self._decoder = Decoder(model, trunk)
@@ -91,12 +94,10 @@ class SharedRun:
         Args:
             going: gets the answers that must be decoded without sharing.
         """
-        caches = Caches(self._trunk, packed=self._limits.packed)
+        caches = Caches(self._trunk, packed=self._limits.packed, apart=self._apart)
         last_use = {forward.past: i for i, forward in enumerate(self._plan.forwards)}
         for i, forward in enumerate(self._plan.forwards):
-            layout, hidden, cache = caches.run(self._trie, forward)
-            if last_use[forward.past] == i:
-                caches.release(forward.past)
+            layout, hidden = caches.run(self._trie, forward)
             self.tokens_prefilled += sum(row.length for row in forward.rows)
             self._read(forward, layout, hidden)
             joining: list[tuple[Answer, int, int]] = []
@@ -108,11 +109,13 @@ class SharedRun:
                     yield self._result(number, answer)
                 else:
                     joining.append((answer, r, place))
-            if not self._limits.packed:
+            if not self._trunk.apart:
                 going.extend(answer for answer, _, _ in joining)
             elif joining:
-                self._decoder.join(joining, self._trie, forward, layout, cache)
+                self._decoder.join(joining, self._trie, forward, layout, caches)
                 yield from self._decode(until_empty=False)
+            if last_use[forward.past] == i:
+                caches.release(forward.past)
         yield from self._decode(until_empty=True)
 
     def _decode(self, *, until_empty: bool) -> Iterator[tuple[int, Result]]:
