@@ -25,8 +25,18 @@ NAME = "keepshot"
 """Under which transformers finds `attend`, while a pass asks for it."""
 LayerStates = tuple[Tensor, Tensor]
 """Keys and values of one layer, [R, G, tokens, E]."""
-REFUSED = ("softcap", "s_aux", "position_bias")
+REFUSED = ("s_aux", "position_bias")
 """What some families add to attention, and this does not know."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a family turns products of queries and keys into scores."""
+
+    scaling: float | None
+    """Factor; None: one over the root of E."""
+    softcap: float | None = None
+    """Scores are squeezed between this and its negative, before masks."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,7 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
     shared: Shared | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
@@ -114,6 +125,7 @@ def attend(
         value: own values.
         attention_mask: one of the masks in `shared`.
         scaling: factor on scores; None: one over the root of E.
+        softcap: bound on scores.
         shared: parts and masks.
         others: what families hand over besides; most of it is for other kinds of attention.
 
@@ -122,14 +134,14 @@ def attend(
     """
     if shared is None or any(others.get(name) is not None for name in REFUSED):
         raise ValueError("this model cannot attend to shared keys apart")
-    masks = shared.masks_of(attention_mask)
-    output, weight = _partial(query, key, value, masks.own, scaling)
+    masks, scoring = shared.masks_of(attention_mask), Scoring(scaling, softcap)
+    output, weight = partial(query, key, value, masks.own, scoring)
     if not shared.parts:
         return output, None
     number: int = module.layer_idx
     for part, mask in zip(shared.parts, masks.parts, strict=True):
         _join_(output[part.rows], weight[part.rows], query[part.rows], part.layers[number], mask,
-               scaling)  # fmt: skip
+               scoring)  # fmt: skip
     return output, None
 
 
@@ -142,18 +154,18 @@ def _join_(
     query: Tensor,
     layer: LayerStates,
     mask: Tensor | None,
-    scaling: float | None,
+    scoring: Scoring,
 ) -> None:
     """Bring the shared keys into `output` [R, L, H, E], in place; `weight` is [R, L, H]."""
     rows, heads, length, width = query.shape
     one_row = query.transpose(1, 2).reshape(1, rows * length, heads, width).transpose(1, 2)
-    theirs, their_weight = _partial(one_row, *layer, mask, scaling)
+    theirs, their_weight = partial(one_row, *layer, mask, scoring)
     share = torch.sigmoid(their_weight.view(rows, length, heads) - weight)
     output.lerp_(theirs.view(rows, length, heads, width), share[..., None].to(output.dtype))
 
 
-def _partial(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+def partial(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
     """Return attention [R, L, H, E] to these keys alone, and the log-sum-exp [R, L, H] of scores.
 
@@ -162,18 +174,27 @@ def _partial(
         key: [R, G, C, E], G dividing H.
         value: like `key`.
         mask: added to scores, [R, 1, L, C]; None adds nothing.
-        scaling: factor on scores.
+        scoring: how scores come about.
     """
-    if query.device.type == "cpu":
+    if query.device.type == "cpu" and scoring.softcap is None:
         output, weight = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, False, attn_mask=mask, scale=scaling
+            query, key, value, 0.0, False, attn_mask=mask, scale=scoring.scaling
         )
         return output.transpose(1, 2), weight.transpose(1, 2)
+    return partial_by_hand(query, key, value, mask, scoring)
+
+
+def partial_by_hand(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring
+) -> tuple[Tensor, Tensor]:
+    """Do as `partial` for any device and family, holding all scores."""
     rows, heads, length, width = query.shape
     groups = key.shape[1]
     grouped = query.reshape(rows, groups, heads // groups * length, width).float()
     scores = grouped @ key.transpose(2, 3).float()
-    scores *= width**-0.5 if scaling is None else scaling
+    scores *= width**-0.5 if scoring.scaling is None else scoring.scaling
+    if scoring.softcap is not None:
+        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
     scores = scores.view(rows, heads, length, -1)
     if mask is not None:
         scores = scores + mask

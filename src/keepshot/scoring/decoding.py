@@ -23,9 +23,9 @@ from transformers.cache_utils import DynamicLayer
 from keepshot.models.loading import LanguageModel
 from keepshot.scoring.attention import LayerStates, Part
 from keepshot.scoring.forward import Caches, Layers, Layout, Trunk
+from keepshot.scoring.head import next_tokens
 from keepshot.scoring.prefix import Forward, Trie
 from keepshot.scoring.request import Generate, GreedyMatch, LogLikelihood, Request
-from keepshot.scoring.sampling import next_tokens
 
 SLOTS_TO_SPARE = 16
 """Tokens that an answer may grow by before its slots are copied into larger ones."""

@@ -106,6 +106,9 @@ class Trunk:
         if share:
             with torch.inference_mode():
                 self.sharing = self._find_sharing()
+        # On a GPU, scores of long rows would be held whole: there the model's own kernels run over
+        # all keys, and only decoding attends apart.
+        self.prefills_apart = self.apart and self.device.type == "cpu"
 
     def hidden(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor
 from keepshot.models.loading import LanguageModel
 from keepshot.scoring.decoding import Answer, Decoder, open_answer
 from keepshot.scoring.forward import Caches, Layout, Trunk
+from keepshot.scoring.head import is_sampled, next_tokens
 from keepshot.scoring.prefix import ROOT, Forward, Limits, build_trie, plan
 from keepshot.scoring.request import (
     Generate,
@@ -25,7 +26,6 @@ from keepshot.scoring.request import (
     targets,
     tokens_to_read,
 )
-from keepshot.scoring.sampling import is_sampled, next_tokens
 
 ANSWERS_PER_BATCH = 1 / 8
 """Decoding waits for batch tokens times this many answers, so that a step is worth its while."""
@@ -74,9 +74,6 @@ class SharedRun:
         self._trunk = trunk
         self._requests = requests
         self._limits = limits
-        # On a GPU scores of long shared keys would be held whole: there the model's own kernels
-        # run over all keys, and only decoding attends apart.
-        self._apart = trunk.apart and trunk.device.type == "cpu"
         self._trie = build_trie([tokens_to_read(request) for request in requests])
         self._plan = plan(self._trie, limits)
         self._decoder = Decoder(model, trunk)
@@ -94,7 +91,7 @@ class SharedRun:
         Args:
             going: gets the answers that must be decoded without sharing.
         """
-        caches = Caches(self._trunk, packed=self._limits.packed, apart=self._apart)
+        caches = Caches(self._trunk, packed=self._limits.packed, apart=self._trunk.prefills_apart)
         last_use = {forward.past: i for i, forward in enumerate(self._plan.forwards)}
         for i, forward in enumerate(self._plan.forwards):
             layout, hidden = caches.run(self._trie, forward)
