@@ -120,7 +120,7 @@ class _SlotLayer(DynamicLayer):
 
     def __init__(self, states: LayerStates, places: Tensor, num_slots: int) -> None:
         super().__init__()
-        self.keys, self.values = states
+        self.keys, self.values = self._states = states
         self._places, self._num_slots = places, num_slots
         self.is_initialized = True
 
@@ -128,10 +128,11 @@ class _SlotLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
     ) -> LayerStates:
         """Write one token a row, and return the slots that are in use."""
+        keys, values = self._states
         rows = torch.arange(len(self._places), device=key_states.device)
-        self.keys[rows, :, self._places] = key_states[:, :, 0]
-        self.values[rows, :, self._places] = value_states[:, :, 0]
-        return self.keys[:, :, : self._num_slots], self.values[:, :, : self._num_slots]
+        keys[rows, :, self._places] = key_states[:, :, 0]
+        values[rows, :, self._places] = value_states[:, :, 0]
+        return keys[:, :, : self._num_slots], values[:, :, : self._num_slots]
 
 
 class Decoder:

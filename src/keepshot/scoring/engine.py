@@ -27,7 +27,7 @@ from keepshot.scoring.request import Request, Result, targets, tokens_to_read
 from keepshot.scoring.shared import Reading, SharedRun
 
 Progress = Callable[[int, int], None]
-CPU_LIMITS = Limits(batch=1024, fill=32)
+CPU_LIMITS = Limits(batch=1024)
 GPU_LIMITS = Limits(batch=8192, row=512, fill=256, overhead=256)
 MIN_BATCH = 128
 """Where memory runs out at a smaller batch than this, halving it would not help."""
