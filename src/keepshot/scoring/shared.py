@@ -30,7 +30,7 @@ from keepshot.scoring.request import (
 ANSWERS_PER_BATCH = 1 / 8
 """Decoding waits for batch tokens times this many answers, so that a step is worth its while."""
 KEYS_PER_BATCH = 6
-"""It waits no longer once it holds slots for this many keys for each batch token: they take memory."""
+"""It waits no longer once it holds slots for this many keys a batch token, which take memory."""
 
 
 @dataclass(frozen=True)
