@@ -1,7 +1,7 @@
 """Score the same items with lm-evaluation-harness' `hf` backend and with keepshot's engine.
 
     python benchmarks/scoring.py --results build/scoring.json --rounds 3 --table docs/benchmarks.md
-    python benchmarks/scoring.py --quick
+    python benchmarks/scoring.py --rounds 1 --questions 4    # every workload, small; nothing kept
 
 Each measurement is a process of its own, so that memory can be compared: it loads the model, asks
 lm-eval's interface once for a few requests, and times one `loglikelihood` call over the workload,
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--quick", action="store_true", help="the HellaSwag shape once, no file")
+    parser.add_argument("--questions", type=int, help="of each workload, at most; keeps no file")
     parser.add_argument("--table", type=Path, help="Markdown file whose table is replaced")
     parser.add_argument(
         "--measure", nargs=3, metavar=("WORKLOAD", "TOOL", "ROUND"), help="internal"
@@ -178,19 +178,18 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.measure:
         name, tool, number = arguments.measure
-        setting = (arguments.clock, arguments.threads)
-        print(json.dumps(asdict(measure(name, tool, int(number), *setting))))
+        print(json.dumps(asdict(measure(name, tool, int(number), arguments))))
         return
-    names = ["endings"] if arguments.quick else arguments.workloads
-    outcomes = [] if arguments.quick else read(arguments.results)
-    for number in range(1 if arguments.quick else arguments.rounds):
-        for name in names:
+    small = arguments.questions is not None
+    outcomes = [] if small else read(arguments.results)
+    for number in range(arguments.rounds):
+        for name in arguments.workloads:
             for tool in TOOLS if number % 2 == 0 else TOOLS[::-1]:
                 if any((o.workload, o.tool, o.round) == (name, tool, number) for o in outcomes):
                     continue
                 outcomes.append(in_process(name, tool, number, arguments))
                 print(f"{name} {tool}: {outcomes[-1].seconds:.2f} s", file=sys.stderr, flush=True)
-                if not arguments.quick:
+                if not small:
                     write_text(
                         json.dumps([asdict(o) for o in outcomes], indent=1), arguments.results
                     )
@@ -209,17 +208,18 @@ def in_process(name: str, tool: str, number: int, setting: argparse.Namespace) -
     threads = setting.threads
     command = [sys.executable, __file__, "--threads", str(threads), "--clock", setting.clock]
     command += ["--measure", name, tool, str(number)]
+    command += [] if setting.questions is None else ["--questions", str(setting.questions)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return Outcome(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def measure(name: str, tool: str, number: int, clock: str, threads: int) -> Outcome:
-    now = CLOCKS[clock]
-    torch.set_num_threads(threads)
+def measure(name: str, tool: str, number: int, setting: argparse.Namespace) -> Outcome:
+    now = CLOCKS[setting.clock]
+    torch.set_num_threads(setting.threads)
     workload = WORKLOADS[name]
     store = AssetStore.from_environment(os.environ)
-    questions = workload.build(store)
+    questions = workload.build(store)[: setting.questions]
     model = load(workload.model, store)
     resident = reset_peak()  # before the first call: what that one keeps allocated counts too
     backend = backend_of(tool, model)
@@ -254,8 +254,8 @@ def measure(name: str, tool: str, number: int, clock: str, threads: int) -> Outc
         naive_tokens=sum(map(len, sequences)),
         bare_rate=rates[0],
         trunk_rate=rates[1],
-        clock=clock,
-        threads=threads,
+        clock=setting.clock,
+        threads=setting.threads,
     )
 
 

@@ -7,6 +7,7 @@ zip, and nothing of them is ever executed. Knows nothing of what the members mea
 
 from __future__ import annotations
 
+import copy
 import errno
 import fnmatch
 import hashlib
@@ -81,6 +82,12 @@ class AssetStore:
         self._progress = progress
         self._pip_options = tuple(pip_options)
         self._assets = ASSETS if assets is None else assets
+
+    def silent(self) -> AssetStore:
+        """Return the same store without its display: that of a terminal stays in one process."""
+        other = copy.copy(self)
+        other._progress = None
+        return other
 
     @classmethod
     def from_environment(

@@ -82,6 +82,8 @@ def measure(
     no_share: option.NoShare = False,
     server: option.Server = None,
     server_model: option.ServerModel = None,
+    engine: option.Engine = None,
+    workers: option.Workers = None,
     out: option.Out = None,
     overwrite: option.Overwrite = False,
     as_json: option.Json = False,
@@ -100,7 +102,7 @@ def measure(
         models=models, tasks=option.names(tasks), shots=option.whole_numbers("--shots", shots),
         seeds=seeds, limit=limit, template=template, server=server, server_model=server_model,
         seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
-        following=option.following(follow),
+        following=option.following(follow), engine=engine, workers=workers,
     )  # fmt: skip
     spec = measure_spec(given, set_ or [])
     store = open_store(accept_licence)

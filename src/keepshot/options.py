@@ -68,6 +68,10 @@ Server = Annotated[
 ServerModel = Annotated[
     str | None, typer.Option("--server-model", help="The model's name on the server.")
 ]
+Engine = Annotated[
+    str | None, typer.Option("--engine", help="local, or ray: each model in a worker.")
+]
+Workers = Annotated[int | None, typer.Option("--workers", help="Models at the same time on Ray.")]
 
 # -- blend -------------------------------------------------------------------------------------
 

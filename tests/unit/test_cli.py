@@ -19,6 +19,7 @@ SURFACE = {
     "measure": SPEC
     | {"--tasks", "--shots", "--seeds", "--limit", "--plan", "--template", "--accept-licence"}
     | {"--require-retention", "--lm-eval-out", "--no-share", "--server", "--server-model"}
+    | {"--engine", "--workers"}
     | {"--follow"},
     "tune": SPEC | {"--model", "--data", "--method", "--keep", "--accept-licence"},
     "blend": SPEC

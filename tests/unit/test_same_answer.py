@@ -17,10 +17,9 @@ from transformers import BambaConfig, MambaConfig, PretrainedConfig
 
 from keepshot.errors import ConfigError
 from keepshot.models.loading import LanguageModel, save
-from keepshot.scoring.engine import Engine
+from keepshot.scoring.engine import Engine, Shape, shape_of, tokens_that_fit
 from keepshot.scoring.forward import Trunk
 from keepshot.scoring.head import read_hidden, read_logits
-from keepshot.scoring.memory import Shape, shape_of, tokens_that_fit
 from keepshot.scoring.processes import ALONE, join_processes, shares
 from keepshot.scoring.request import Request
 from pico import PICO_CONFIGS, SHARED, pico_model

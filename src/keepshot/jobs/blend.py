@@ -17,7 +17,8 @@ from keepshot.blending.write import Watch, check_inputs, write
 from keepshot.errors import ConfigError
 from keepshot.jobs.check import loads_and_generates
 from keepshot.jobs.following import Follower
-from keepshot.jobs.measure import Ledger, model_record, plan_for, read_tasks
+from keepshot.jobs.ledger import Ledger, model_record
+from keepshot.jobs.measure import plan_for, read_tasks
 from keepshot.jobs.rules import rule_for
 from keepshot.jobs.specs import BlendSpec, Measuring
 from keepshot.jobs.target import load_target

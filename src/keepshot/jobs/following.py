@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from keepshot import records
 from keepshot.assets import AssetStore
@@ -76,11 +77,9 @@ class Follower:
         """
         if self._examiner is None or self._spec is None:
             return
-        path = self._workspace.part(f"{part}.parquet") if self._workspace else None
-        there = records.read_instructions(path) if path and path.exists() else None
-        kept = self._processes.of_first(there)
+        kept = self._processes.of_first(self.kept(part, arm))
         if kept is not None:
-            self.rows += [replace(row, arm=arm) for row in kept]
+            self.rows += kept
             return
         live = model if isinstance(model, LanguageModel) else model()
         where = "" if lam is None else f" at lambda {lam:g}"
@@ -95,9 +94,26 @@ class Follower:
             chat=self.chat,
             progress=self._progress.update,
         )
-        if path:
-            records.write_instructions(found, path)
+        self.keep(part, found)
         self.rows += found
+
+    def kept(self, part: str, arm: str) -> list[InstructionRow] | None:
+        """Return the rows that an earlier start has finished; none are wanted without prompts."""
+        if self._spec is None:
+            return []
+        path = self._path(part)
+        if path is None or not path.exists():
+            return None
+        return [replace(row, arm=arm) for row in records.read_instructions(path)]
+
+    def keep(self, part: str, rows: Sequence[InstructionRow]) -> None:
+        """Write rows that are finished to the workspace, if there is one; does not add them."""
+        path = self._path(part)
+        if path is not None and self._spec is not None:
+            records.write_instructions(rows, path)
+
+    def _path(self, part: str) -> Path | None:
+        return self._workspace.part(f"{part}.parquet") if self._workspace else None
 
     def scores(self) -> list[InstructionScore]:
         """Return the scores of all rows so far."""

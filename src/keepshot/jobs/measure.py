@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
-from keepshot import records
 from keepshot.assets import AssetStore
 from keepshot.errors import ConfigError, unknown
 from keepshot.harness.tasks import harness_tasks, split_names
+from keepshot.jobs.cluster import processors, shared_out
 from keepshot.jobs.following import Follower
+from keepshot.jobs.ledger import Ledger, add_costs, model_record
 from keepshot.jobs.specs import MeasureSpec, Measuring
 from keepshot.jobs.workspace import Workspace
-from keepshot.models.loading import LanguageModel, load, outline
+from keepshot.models.loading import identify, load, outline
 from keepshot.models.reference import parse_reference
-from keepshot.progress import Progress
+from keepshot.progress import Progress, Silent
 from keepshot.prompts import TEMPLATES
-from keepshot.records import Cost, ItemResult, ModelRecord, ResultDocument, Split
+from keepshot.records import (
+    Cost,
+    InstructionRow,
+    ItemResult,
+    ModelRecord,
+    ResultDocument,
+    Split,
+)
 from keepshot.scoring.engine import Engine
-from keepshot.scoring.evaluate import Plan, ask, check_prompts, measure
+from keepshot.scoring.evaluate import Plan, ask, check_prompts
 from keepshot.scoring.processes import ALONE, Processes
 from keepshot.scoring.request import tokens_to_read
-from keepshot.scoring.server import ServedEngine, Server
+from keepshot.scoring.server import Server
 from keepshot.scoring.summary import scores, summarise
 from keepshot.tasks.catalog import resolve_tasks
 from keepshot.tasks.task import Task
@@ -58,56 +67,161 @@ def measure_models(
         UserError: before any model is loaded, wherever the fault can be seen by then.
     """
     server = Server(spec.server, spec.server_model) if spec.server else None
-    if server and (len(spec.models) > 1 or processes.size > 1):
-        raise ConfigError(
-            f"--server {server.url!r} serves one model to one process; name one model, and start "
-            "without torchrun"
-        )
-    for index, reference in enumerate(spec.models):
-        parse_reference(reference)
-        if reference in spec.models[:index]:
-            raise ConfigError(f"model {reference!r} is named twice; name each model once")
+    _check_places(spec, processes)
     progress.stage("reading tasks")
     tasks = read_tasks(spec, store)
     plan = plan_for(spec, tasks, first_seed=spec.seed)
     follower = Follower(spec.following, store, workspace, progress, processes=processes)
-    for reference in spec.models[1:]:
-        # The first is loaded next; the others would be found wanting only after hours.
+    # What is loaded next shows its faults by itself; the others would show theirs after hours.
+    for reference in spec.models if spec.engine == "ray" else spec.models[1:]:
         progress.stage(f"{reference}: checking")
         light = outline(reference, store, trust_remote_code=spec.trust_remote_code)
         check_prompts(light, plan)
         follower.check(light)
-    items: list[ItemResult] = []
-    models: list[ModelRecord] = []
     if workspace:
         workspace.begin()
     ledger = Ledger(workspace, progress, processes=processes, server=server, share=share)
-    device = spec.device
-    if device == "cuda" and processes.size > 1:
-        device = f"cuda:{processes.local_rank}"
-    for number, reference in enumerate(spec.models):
-        progress.stage(f"{reference}: loading")
-        model = load(
-            reference,
-            store,
-            device=device,
-            dtype=spec.dtype,
-            trust_remote_code=spec.trust_remote_code,
-        )
-        items += ledger.measured(str(number), model, [plan], arm=reference)
-        follower.follow(f"{number}-instructions", model, arm=reference, engine=ledger.engine)
-        record = model_record(model)
-        models.append(record.model_copy(update={"sharing": ledger.sharing_of(model)}))
+    size = processes.size
+    if spec.engine == "ray":
+        jobs = [
+            _Job(spec, number, plan, store.silent(), share) for number in range(len(spec.models))
+        ]
+        size = min(spec.workers or processors(), len(jobs))
+        found = _measure_apart(jobs, ledger, follower, size)
+    else:
+        device = spec.device
+        if device == "cuda" and processes.size > 1:
+            device = f"cuda:{processes.local_rank}"
+        found = [
+            _measure_one(spec, number, plan, store, (ledger, follower, progress, device))
+            for number in range(len(spec.models))
+        ]
+    items = [row for rows, _ in found for row in rows]
+    models = [record for _, record in found]
     document = ResultDocument(
         models=models,
         scores=scores(items, {task.name: task.version for task in tasks}),
         summary=summarise(items),
-        cost=ledger.cost.model_copy(update={"processes": processes.size}),
+        cost=ledger.cost.model_copy(update={"processes": size}),
         instructions=follower.scores(),
     )
     if workspace:
         workspace.finish(document, items, follower.rows)
     return Measured(document, items)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One model to measure in a worker."""
+
+    spec: MeasureSpec
+    number: int
+    plan: Plan
+    store: AssetStore
+    share: bool
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a worker sends back."""
+
+    items: list[ItemResult]
+    record: ModelRecord
+    followed: list[InstructionRow]
+    cost: Cost
+
+
+def _check_places(spec: MeasureSpec, processes: Processes) -> None:
+    """Check that the ways of sharing out work go together, and that each model is named once."""
+    if spec.server and (len(spec.models) > 1 or processes.size > 1 or spec.engine == "ray"):
+        raise ConfigError(
+            f"--server {spec.server!r} serves one model to one process; name one model, and start "
+            "without torchrun and --engine ray"
+        )
+    if spec.engine == "ray" and processes.size > 1:
+        raise ConfigError("--engine ray starts its own workers; start it without torchrun")
+    if spec.workers is not None and spec.engine != "ray":
+        raise ConfigError(f"--workers {spec.workers} needs --engine ray; add it, or drop --workers")
+    for index, reference in enumerate(spec.models):
+        parse_reference(reference)
+        if reference in spec.models[:index]:
+            raise ConfigError(f"model {reference!r} is named twice; name each model once")
+
+
+def _measure_one(
+    spec: MeasureSpec,
+    number: int,
+    plan: Plan,
+    store: AssetStore,
+    means: tuple[Ledger, Follower, Progress, str],
+) -> tuple[list[ItemResult], ModelRecord]:
+    """Load a model and ask it; `means` ends with the device."""
+    ledger, follower, progress, device = means
+    reference = spec.models[number]
+    progress.stage(f"{reference}: loading")
+    model = load(
+        reference,
+        store,
+        device=device,
+        dtype=spec.dtype,
+        trust_remote_code=spec.trust_remote_code,
+    )
+    items = ledger.measured(str(number), model, [plan], arm=reference)
+    follower.follow(f"{number}-instructions", model, arm=reference, engine=ledger.engine)
+    record = model_record(model)
+    return items, record.model_copy(update={"sharing": ledger.sharing_of(model)})
+
+
+def _measure_in_worker(job: _Job) -> _Done:
+    silent = Silent()
+    ledger = Ledger(None, silent, share=job.share)
+    follower = Follower(job.spec.following, job.store, None, silent)
+    means = (ledger, follower, silent, job.spec.device)
+    items, record = _measure_one(job.spec, job.number, job.plan, job.store, means)
+    return _Done(items, record, follower.rows, ledger.cost)
+
+
+def _measure_apart(
+    jobs: Sequence[_Job], ledger: Ledger, follower: Follower, workers: int
+) -> list[tuple[list[ItemResult], ModelRecord]]:
+    """Measure each model in a worker of Ray; keep what is done as it comes.
+
+    Parts are those of the local engine, so that either goes on from what the other has finished.
+    """
+    done: dict[int, tuple[list[ItemResult], ModelRecord]] = {}
+    followed: dict[int, list[InstructionRow]] = {}
+    for job in jobs:
+        arm = job.spec.models[job.number]
+        items, rows = ledger.kept(str(job.number), arm), follower.kept(_asked(job), arm)
+        if items is not None and rows is not None:
+            done[job.number] = items, _outlined(job)
+            followed[job.number] = rows
+    left = [job for job in jobs if job.number not in done]
+    ledger.progress.stage(f"measuring {len(left)} models in {workers} workers of Ray")
+    ledger.progress.update(0, len(left))
+    gpus = jobs[0].spec.device.startswith("cuda")
+    with closing(shared_out(_measure_in_worker, left, workers=workers, gpus=gpus)) as results:
+        for count, (place, found) in enumerate(results, start=1):
+            job = left[place]
+            ledger.keep(str(job.number), found.items)
+            follower.keep(_asked(job), found.followed)
+            ledger.cost = add_costs(ledger.cost, found.cost)
+            done[job.number] = found.items, found.record
+            followed[job.number] = found.followed
+            ledger.progress.update(count, len(left))
+    follower.rows += [row for _, rows in sorted(followed.items()) for row in rows]
+    return [done[job.number] for job in jobs]
+
+
+def _asked(job: _Job) -> str:
+    return f"{job.number}-instructions"
+
+
+def _outlined(job: _Job) -> ModelRecord:
+    """Return the record of a model whose rows are there already, without loading its weights."""
+    reference, store, spec = job.spec.models[job.number], job.store, job.spec
+    light = outline(reference, store, trust_remote_code=spec.trust_remote_code)
+    return model_record(replace(light, sha256=identify(reference, store), dtype=spec.dtype))
 
 
 def read_tasks(
@@ -196,98 +310,3 @@ def check_shots(tasks: Sequence[Task], shots: Sequence[int]) -> None:
             raise ConfigError(f"--shots {number}: the number of demonstrations cannot be negative")
         for task in tasks:
             task.draw(number, seed=0)
-
-
-class Ledger:
-    """Measures arms, keeps their rows in the workspace, and adds up what it cost."""
-
-    def __init__(
-        self,
-        workspace: Workspace | None,
-        progress: Progress,
-        *,
-        processes: Processes = ALONE,
-        server: Server | None = None,
-        share: bool = True,
-    ) -> None:
-        self._share = share
-        self.cost = Cost()
-        self._workspace, self._progress = workspace, progress
-        self._processes, self._server = processes, server
-        self._engine: Engine | None = None
-
-    def measured(
-        self,
-        part: str,
-        model: LanguageModel | Callable[[], LanguageModel],
-        plans: Sequence[Plan],
-        *,
-        arm: str,
-        lam: float | None = None,
-    ) -> list[ItemResult]:
-        """Return the rows of `model` on `plans`, from the workspace if they are there already.
-
-        Args:
-            part: name of the workspace part that holds the rows.
-            model: a live model, or what makes it live when its rows are not there yet.
-            plans: what is asked.
-            arm: name of the arm in the rows.
-            lam: lambda in the rows.
-        """
-        path = self._workspace.part(f"{part}.parquet") if self._workspace else None
-        there = records.read_items(path) if path and path.exists() else None
-        kept = self._processes.of_first(there)
-        if kept is not None:
-            return [replace(row, arm=arm) for row in kept]
-        live = model if isinstance(model, LanguageModel) else model()
-        rows: list[ItemResult] = []
-        for plan in plans:
-            title = f"{arm}: measuring" if lam is None else f"{arm}: measuring at lambda {lam:g}"
-            self._progress.stage(title)
-            found = measure(
-                live,
-                plan,
-                arm=arm,
-                lam=lam,
-                engine=self.engine(live),
-                progress=self._progress.update,
-            )
-            rows += found.items
-            self.cost = add_costs(self.cost, found.cost)
-        if path:
-            records.write_items(rows, path)
-        return rows
-
-    def sharing_of(self, model: LanguageModel) -> str | None:
-        """Return how far requests about `model` could share; None if none was asked now."""
-        engine = self._engine
-        return engine.sharing if engine is not None and engine.model is model else None
-
-    def engine(self, model: LanguageModel) -> Engine:
-        """Return an engine, the same one along a path: its start-up trial takes a second."""
-        if self._engine is None or self._engine.model is not model:
-            if self._server is None:
-                self._engine = Engine(model, share=self._share, processes=self._processes)
-            else:
-                part = self._workspace.part("served.jsonl") if self._workspace else None
-                self._engine = ServedEngine(model, self._server, kept=part)
-        return self._engine
-
-
-def model_record(model: LanguageModel) -> ModelRecord:
-    """Return what identifies `model` in a result."""
-    return ModelRecord(
-        reference=model.reference,
-        sha256=model.sha256,
-        num_parameters=model.num_parameters,
-        dtype=model.dtype,
-    )
-
-
-def add_costs(first: Cost, second: Cost) -> Cost:
-    """Return the sum of two costs."""
-    return Cost(
-        seconds=first.seconds + second.seconds,
-        tokens_prefilled=first.tokens_prefilled + second.tokens_prefilled,
-        tokens_naive=first.tokens_naive + second.tokens_naive,
-    )

@@ -22,7 +22,8 @@ from keepshot.blending.write import write
 from keepshot.errors import ConfigError
 from keepshot.jobs.blend import Questions
 from keepshot.jobs.following import Follower
-from keepshot.jobs.measure import Ledger, Measured, model_record, read_tasks
+from keepshot.jobs.ledger import Ledger, model_record
+from keepshot.jobs.measure import Measured, read_tasks
 from keepshot.jobs.separation import check_apart
 from keepshot.jobs.specs import ARMS, BlendArm, Measuring, RunSpec, TunedArm
 from keepshot.jobs.target import load_target

@@ -71,12 +71,18 @@ class Measuring(Spec):
 class MeasureSpec(Measuring, Where):
     """`keepshot measure`: the models, and what they are asked."""
 
+    no_effect_on_results = frozenset({"engine", "workers"})
+
     models: tuple[str, ...] = Field(min_length=1)
     """Model references; retention is against the first."""
     server: str | None = None
     """OpenAI-compatible server that generates in the model's place."""
     server_model: str | None = None
     """The model's name on the server; left out, its only one."""
+    engine: Literal["local", "ray"] = "local"
+    """One model after the other here, or each in a worker of Ray."""
+    workers: int | None = Field(default=None, ge=1)
+    """Models measured at the same time by Ray; left out, as many as there are processors."""
 
 
 class JudgeSpec(Where):

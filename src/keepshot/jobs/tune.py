@@ -10,7 +10,7 @@ from pathlib import Path
 from keepshot import records
 from keepshot.assets import AssetStore
 from keepshot.errors import ConfigError, TrainingError
-from keepshot.jobs.measure import model_record
+from keepshot.jobs.ledger import model_record
 from keepshot.jobs.specs import TuneSpec
 from keepshot.jobs.target import load_target
 from keepshot.jobs.workspace import Workspace

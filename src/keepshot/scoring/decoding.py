@@ -1,16 +1,16 @@
-"""Decoding of many answers at once, in one packed row that answers join and leave.
+"""Decoding of many answers at once, one a row, which answers join and leave.
 
-    keys:   demonstrations . question 1 . question 4 . demonstrations' . question 2 . new tokens ...
-    row:    one pending token of each answer that goes on, each seeing its own keys only
+    demonstrations   |  question 1 . new tokens . room
+    (held once)      |  question 2 . new tokens . room
+    demonstrations'  |  question 3 . new tokens . room
 
-Answers under the same demonstrations share their keys, nothing is padded, and the key columns that
-no answer sees any more are dropped now and then.
+Answers under the same demonstrations attend to their keys in common, and to own ones in slots.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 import numpy as np
@@ -18,12 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from keepshot.models.loading import LanguageModel
-from keepshot.scoring.forward import Layout, Trunk, cache_of, tensors
+from keepshot.scoring.attention import LayerStates, Part
+from keepshot.scoring.forward import Caches, Layers, Layout, Trunk
+from keepshot.scoring.head import next_tokens
 from keepshot.scoring.prefix import Forward, Trie
 from keepshot.scoring.request import Generate, GreedyMatch, LogLikelihood, Request
-from keepshot.scoring.sampling import next_tokens
+
+SLOTS_TO_SPARE = 16
+"""Tokens that an answer may grow by before its slots are copied into larger ones."""
 
 
 @dataclass
@@ -99,15 +104,47 @@ def open_answer(
     return answer
 
 
+@dataclass(frozen=True)
+class _Bench:
+    """Answers that share a cached path, in rows that lie side by side."""
+
+    path: Layers
+    num_answers: int
+
+
+class _SlotLayer(DynamicLayer):
+    """Own keys and values of one layer in slots with room to spare: a step writes, copies nothing.
+
+    `keys` and `values` are [N, G, slots, E]; `places` says where each row's next token goes.
+    """
+
+    def __init__(self, states: LayerStates, places: Tensor, num_slots: int) -> None:
+        super().__init__()
+        self.keys, self.values = self._states = states
+        self._places, self._num_slots = places, num_slots
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
+    ) -> LayerStates:
+        """Write one token a row, and return the slots that are in use."""
+        keys, values = self._states
+        rows = torch.arange(len(self._places), device=key_states.device)
+        keys[rows, :, self._places] = key_states[:, :, 0]
+        values[rows, :, self._places] = value_states[:, :, 0]
+        return keys[:, :, : self._num_slots], values[:, :, : self._num_slots]
+
+
 class Decoder:
-    """The packed row of answers that go on."""
+    """The answers that go on, one a row."""
 
     def __init__(self, model: LanguageModel, trunk: Trunk) -> None:
         self._model = model
         self._trunk = trunk
-        self._layers: list[tuple[Tensor, Tensor]] = []
-        self._depths: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
-        self._visible: NDArray[np.bool_] = np.zeros((0, 0), dtype=np.bool_)
+        self._benches: list[_Bench] = []
+        self._layers: Layers = []
+        """Slots [N, G, slots, E]."""
+        self._filled: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
         self._active: list[Answer] = []
 
     @property
@@ -117,8 +154,12 @@ class Decoder:
 
     @property
     def num_keys(self) -> int:
-        """Number of key columns held."""
-        return len(self._depths)
+        """Number of slots held."""
+        return len(self._active) * self._num_slots
+
+    @property
+    def _num_slots(self) -> int:
+        return int(self._layers[0][0].shape[2]) if self._layers else 0
 
     def join(
         self,
@@ -126,7 +167,7 @@ class Decoder:
         trie: Trie,
         forward: Forward,
         layout: Layout,
-        cache: DynamicCache,
+        caches: Caches,
     ) -> None:
         """Take in answers from one forward pass.
 
@@ -135,103 +176,104 @@ class Decoder:
             trie: what the pass was planned from.
             forward: the pass.
             layout: its rows as arrays.
-            cache: its cache after the pass, [R, heads, P + L, head width] in each layer.
+            caches: has just run the pass.
         """
-        num_past = trie.nodes[forward.past].end
-        columns: dict[tuple[int, int], int] = {}
-        seen: list[list[int]] = []
+        own: list[NDArray[np.int64]] = []
         for answer, r, place in answers:
             node = trie.nodes[forward.rows[r].nodes[place]]
             last = layout.places[r][place] + len(node.tokens) - 1
             length = len(answer.request.context) + len(answer.tokens) - 1
-            own = np.flatnonzero(layout.visible[r, last] & (layout.depths[r] < length))
-            keys = [(r, int(column)) for column in own]
-            seen.append([columns.setdefault(key, len(columns)) for key in keys])
-        visible = np.zeros((len(answers), num_past + len(columns)), dtype=np.bool_)
-        visible[:, :num_past] = True
-        for row, own in zip(visible, seen, strict=True):
-            row[[num_past + column for column in own]] = True
-        depths = [int(layout.depths[r, column]) for r, column in columns]
-        self._append(
-            [answer for answer, _, _ in answers],
-            visible,
-            np.array([*range(num_past), *depths], dtype=np.int64),
-            _gather(cache, num_past, list(columns)),
-        )
-
-    def _append(
-        self,
-        answers: Iterable[Answer],
-        visible: NDArray[np.bool_],
-        depths: NDArray[np.int64],
-        layers: list[tuple[Tensor, Tensor]],
-    ) -> None:
-        above = np.pad(self._visible, ((0, 0), (0, visible.shape[1])))
-        below = np.pad(visible, ((0, 0), (self.num_keys, 0)))
-        self._visible = np.concatenate([above, below])
-        self._depths = np.concatenate([self._depths, depths])
-        self._active.extend(answers)
-        self._layers = (
-            [
-                (torch.cat([k, new_k], dim=2), torch.cat([v, new_v], dim=2))
-                for (k, v), (new_k, new_v) in zip(self._layers, layers, strict=True)
-            ]
-            if self._layers
-            else layers
-        )
+            # In a row an ancestor stands before its descendants: these columns are in order.
+            own.append(np.flatnonzero(layout.visible[r, last] & (layout.depths[r] < length)))
+        filled = np.array([len(columns) for columns in own], dtype=np.int64)
+        columns = np.zeros((len(own), int(filled.max())), dtype=np.int64)
+        for row, found in zip(columns, own, strict=True):
+            row[: len(found)] = found
+        rows = torch.tensor([[r] for _, r, _ in answers], device=self._trunk.device)
+        index = torch.from_numpy(columns).to(self._trunk.device)
+        # Advanced indices around a slice come first: [N, columns, G, E].
+        found = [
+            (k[rows, :, index].transpose(1, 2), v[rows, :, index].transpose(1, 2))
+            for k, v in caches.own
+        ]
+        self._benches.append(_Bench(caches.path(forward.past), len(answers)))
+        self._filled = np.concatenate([self._filled, filled])
+        self._active.extend(answer for answer, _, _ in answers)
+        slots = max(self._num_slots, int(self._filled.max()) + SLOTS_TO_SPARE)
+        old = self._layers or [(k[:0], v[:0]) for k, v in found]
+        self._layers = [
+            (_stacked(k, new_k, slots), _stacked(v, new_v, slots))
+            for (k, v), (new_k, new_v) in zip(old, found, strict=True)
+        ]
 
     def step(self) -> list[Answer]:
         """Decode one token of every answer; return those that are finished, which leave."""
         trunk, device = self._trunk, self._trunk.device
-        depths = np.array([len(a.request.context) + len(a.tokens) - 1 for a in self._active])
-        self._visible = np.concatenate(
-            [self._visible, np.eye(len(self._active), dtype=np.bool_)], axis=1
-        )
-        self._depths = np.concatenate([self._depths, depths])
-        cache = cache_of(self._layers)
+        depths = np.array([[len(a.request.context) + len(a.tokens) - 1] for a in self._active])
+        used = int(self._filled.max()) + 1
+        if used > self._num_slots:
+            more = used + SLOTS_TO_SPARE
+            self._layers = [
+                (_stacked(k, k[:0], more), _stacked(v, v[:0], more)) for k, v in self._layers
+            ]
+        slots = np.arange(used)
+        visible = torch.from_numpy(slots[None] <= self._filled[:, None]).to(device)
+        key_depths = torch.from_numpy(depths - self._filled[:, None] + slots).to(device)
+        places = torch.from_numpy(self._filled).to(device)
+        cache = DynamicCache()
+        cache.layers.extend(_SlotLayer(states, places, used) for states in self._layers)
         hidden = trunk.hidden(
-            torch.tensor([[answer.tokens[-1] for answer in self._active]], device=device),
-            torch.from_numpy(depths)[None].to(device),
-            torch.from_numpy(self._visible)[None].to(device),
-            torch.from_numpy(self._depths)[None].to(device),
+            torch.tensor([[answer.tokens[-1]] for answer in self._active], device=device),
+            torch.from_numpy(depths).to(device),
+            (visible[:, None], key_depths),
+            self._parts(),
             cache,
         )
-        self._layers = tensors(cache)
+        self._filled = self._filled + 1
         asked = [(answer.request, len(answer.tokens)) for answer in self._active]
-        tokens = next_tokens(trunk.logits(hidden[0]), asked)
+        tokens = next_tokens(trunk.logits(hidden[:, 0]), asked)
         for answer, token in zip(self._active, tokens, strict=True):
             answer.tokens.append(token)
             answer.check(self._model)
         finished = [answer for answer in self._active if answer.finished]
         if finished:
-            going = [i for i, answer in enumerate(self._active) if not answer.finished]
-            self._visible = self._visible[going]
-            self._active = [self._active[i] for i in going]
-            self._drop_unseen()
+            self._leave()
         return finished
 
-    def _drop_unseen(self) -> None:
-        seen = np.flatnonzero(self._visible.any(axis=0))
-        if len(seen) > 0.7 * self.num_keys:
-            return
-        self._visible, self._depths = self._visible[:, seen], self._depths[seen]
-        index = torch.from_numpy(seen).to(self._trunk.device)
+    def _parts(self) -> list[Part]:
+        parts: list[Part] = []
+        start = 0
+        for bench in self._benches:
+            stop = start + bench.num_answers
+            if bench.path:
+                parts.append(Part(slice(start, stop), bench.path))
+            start = stop
+        return parts
+
+    def _leave(self) -> None:
+        """Drop the rows of answers that are finished."""
+        going = [row for row, answer in enumerate(self._active) if not answer.finished]
+        benches: list[_Bench] = []
+        start = 0
+        for bench in self._benches:
+            stop = start + bench.num_answers
+            left = sum(start <= row < stop for row in going)
+            if left:
+                benches.append(replace(bench, num_answers=left))
+            start = stop
+        self._benches = benches
+        self._active = [self._active[row] for row in going]
+        self._filled = self._filled[going]
+        index = torch.tensor(going, dtype=torch.long, device=self._trunk.device)
         self._layers = [
-            (k.index_select(2, index), v.index_select(2, index)) for k, v in self._layers
+            (k.index_select(0, index), v.index_select(0, index)) for k, v in self._layers
         ]
 
 
-def _gather(
-    cache: DynamicCache, num_past: int, columns: Sequence[tuple[int, int]]
-) -> list[tuple[Tensor, Tensor]]:
-    """Return the cached path once, then the keys and values of (row, column), as one row."""
-    layers = tensors(cache)
-    device = layers[0][0].device
-    rows = torch.tensor([r for r, _ in columns], dtype=torch.long, device=device)
-    places = torch.tensor([num_past + c for _, c in columns], dtype=torch.long, device=device)
-
-    def pick(states: Tensor) -> Tensor:
-        own = states[rows, :, places].transpose(0, 1)[None]
-        return torch.cat([states[:1, :, :num_past], own], dim=2)
-
-    return [(pick(keys), pick(values)) for keys, values in layers]
+def _stacked(upper: Tensor, lower: Tensor, slots: int) -> Tensor:
+    """Return the rows of both in zeroed tensors of `slots` slots [N, G, slots, E]."""
+    shape = len(upper) + len(lower), upper.shape[1], slots, upper.shape[3]
+    stacked = upper.new_zeros(shape)
+    stacked[: len(upper), :, : upper.shape[2]] = upper
+    stacked[len(upper) :, :, : lower.shape[2]] = lower
+    return stacked

@@ -1,15 +1,17 @@
 """Answers scoring requests about a model, sharing what they share.
 
 Answers are the same to rounding whatever the order, grouping or batch size. `share=False` is the
-reference: each request in its own forward pass, from its first token.
+reference: each request in its own forward pass, from its first token. A pass holds as many tokens
+as the model's own shapes and the memory there is allow.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +20,10 @@ from keepshot.models.loading import LanguageModel
 from keepshot.records import Cost
 from keepshot.scoring.decoding import Answer, open_answer
 from keepshot.scoring.forward import Sharing, Trunk
-from keepshot.scoring.head import read_logits
-from keepshot.scoring.memory import memory_budget, shape_of, tokens_that_fit
+from keepshot.scoring.head import is_sampled, next_tokens, read_logits
 from keepshot.scoring.prefix import Limits, Plan, build_trie, plan
 from keepshot.scoring.processes import ALONE, Processes, shares
 from keepshot.scoring.request import Request, Result, targets, tokens_to_read
-from keepshot.scoring.sampling import is_sampled, next_tokens
 from keepshot.scoring.shared import Reading, SharedRun
 
 Progress = Callable[[int, int], None]
@@ -31,6 +31,37 @@ CPU_LIMITS = Limits(batch=1024)
 GPU_LIMITS = Limits(batch=8192, row=512, fill=256, overhead=256)
 MIN_BATCH = 128
 """Where memory runs out at a smaller batch than this, halving it would not help."""
+CPU_BUDGET = 2**30
+"""Bytes for one forward pass on a CPU: more would not be faster, and the machine is shared."""
+GPU_SHARE = 0.5
+"""Share of the free memory of a GPU; the rest is for caches that are kept and for the head."""
+USUAL_KEYS = 512
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a token costs, in numbers of elements."""
+
+    width: int
+    inner: int
+    """Widest layer of a block."""
+    key_value: int
+    """Keys and values of all layers."""
+    heads: int
+    itemsize: int
+    """Bytes of an element."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that a token holds at the worst moment of a pass over a few hundred keys.
+
+        Its keys and values stay, twice while a cache grows; of one block there are the residual,
+        the normed input, queries and attention's output (five widths) and three of the inner layer;
+        its row of the mask, and keys repeated for every head, over `USUAL_KEYS` keys.
+        """
+        block = 5 * self.width + 3 * self.inner
+        attention = USUAL_KEYS * (2 + self.width // max(1, self.heads) // 16)
+        return self.itemsize * (2 * self.key_value + block + attention)
 
 
 class Engine:
@@ -60,9 +91,7 @@ class Engine:
         if batch_tokens is None:
             fitting = tokens_that_fit(shape_of(self._trunk), memory_budget(self._trunk.device))
             batch_tokens = max(MIN_BATCH, min(limits.batch, fitting))
-        self._limits = dataclasses.replace(
-            limits, batch=batch_tokens, packed=self.sharing == "packed"
-        )
+        self._limits = replace(limits, batch=batch_tokens, packed=self.sharing == "packed")
         self._cost = Cost()
 
     @property
@@ -133,7 +162,7 @@ class Engine:
             except torch.OutOfMemoryError:
                 if limits.batch < 2 * MIN_BATCH:
                     raise
-                limits = dataclasses.replace(limits, batch=limits.batch // 2)
+                limits = replace(limits, batch=limits.batch // 2)
             waiting = [request for number, request in enumerate(waiting) if number not in done]
 
     def _attempt(self, requests: Sequence[Request], limits: Limits) -> Iterator[tuple[int, Result]]:
@@ -197,3 +226,38 @@ class Engine:
                 batch = numbers[start : start + rows]
                 ids = torch.tensor([sequences[n] for n in batch], device=self._trunk.device)
                 yield batch, ids
+
+
+def shape_of(trunk: Trunk) -> Shape:
+    """Read the shapes off the modules, whatever the configuration calls them."""
+    config: Any = trunk.config
+    widths = [
+        int(parameter.shape[0])
+        for name, parameter in trunk.body.named_parameters()
+        if parameter.ndim == 2 and "embed" not in name and "wte" not in name
+    ]
+    width = int(config.hidden_size)
+    heads = int(getattr(config, "num_attention_heads", 1) or 1)
+    groups = int(getattr(config, "num_key_value_heads", heads) or heads)
+    head_dim = int(getattr(config, "head_dim", None) or width // heads)
+    layers = int(config.num_hidden_layers)
+    return Shape(
+        width=width,
+        inner=max(widths, default=4 * width),
+        key_value=2 * layers * groups * head_dim,
+        heads=heads,
+        itemsize=trunk.dtype.itemsize,
+    )
+
+
+def memory_budget(device: torch.device) -> int:
+    """Return the bytes that one forward pass may take on `device`."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * GPU_SHARE)
+    return CPU_BUDGET
+
+
+def tokens_that_fit(shape: Shape, budget: int) -> int:
+    """Return how many tokens a forward pass may hold within `budget` bytes, at least one."""
+    return max(1, budget // shape.bytes_per_token)

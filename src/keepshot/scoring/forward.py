@@ -1,12 +1,14 @@
 """A model taken apart for scoring: trunk, key-value caches that are forked, and head.
 
 Sharing is by structure and by trial. Models whose attention takes a mask as given run rows of
-packed branches (`packed`); models with an ordinary cache but position biases of their own (alibi)
-run plain rows on a forked cache (`rows`); all others, such as recurrent ones, read every request
-from its beginning (`plain`). Whatever structure suggests is tried on a few tokens and used only if
-the logits agree with an ordinary forward pass.
+packed branches (`packed`), which attend to shared keys apart where that works too (`apart`); models
+with an ordinary cache but position biases of their own (alibi) run plain rows on a copied cache
+(`rows`); all others, such as recurrent ones, read every request from its beginning (`plain`).
+Whatever structure suggests is tried on a few tokens and used only if the logits agree with an
+ordinary forward pass.
 
-Shapes: R rows, L tokens a row, P tokens in the cache, K = P + L keys, D width, V vocabulary.
+Shapes: R rows, L tokens a row, P tokens in the cache, K = P + L keys, C own keys, G groups of keys,
+E width of a head, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from keepshot.scoring.attention import FreshLayer, LayerStates, Masks, Part, Shared, attending
 from keepshot.scoring.head import Finish, read_hidden
 from keepshot.scoring.prefix import Forward, Limits, Row, Tokens, Trie, build_trie, plan
 
 Sharing = Literal["packed", "rows", "plain"]
+Layers = list[LayerStates]
 FULL, SLIDING = "full_attention", "sliding_attention"
 RELATIVE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """How far logits may be off in the trial, in their standard deviations; half precision: 0.2."""
@@ -97,45 +101,99 @@ class Trunk:
             kinds = [SLIDING if self.window else FULL]
         self.kinds: frozenset[str] = frozenset(kinds)
         self.sharing: Sharing = "plain"
+        self.apart = False
+        """Whether attention to shared keys can be computed apart from that to a row's own."""
         if share:
             with torch.inference_mode():
                 self.sharing = self._find_sharing()
+        # On a GPU, scores of long rows would be held whole: there the model's own kernels run over
+        # all keys, and only decoding attends apart.
+        self.prefills_apart = self.apart and self.device.type == "cpu"
 
     def hidden(
+        self,
+        ids: Tensor,
+        depths: Tensor,
+        own: tuple[Tensor, Tensor],
+        parts: Sequence[Part],
+        cache: DynamicCache,
+    ) -> Tensor:
+        """Run the packed form, which needs `apart`.
+
+        Args:
+            ids: [R, L].
+            depths: [R, L], position ids.
+            own: which of the row's own keys each token may attend to, [R, L, C], apart from
+                sliding windows; and their position ids [R, C].
+            parts: keys that rows share, from position 0 on.
+            cache: takes the keys and values of the tokens, and gives the C own ones.
+
+        Returns:
+            Hidden states [R, L, D].
+        """
+        visible, key_depths = own
+        masks = {
+            kind: Masks(
+                self._own_mask(kind, visible, depths, key_depths),
+                tuple(self._part_mask(kind, depths[part.rows], part.num_keys) for part in parts),
+            )
+            for kind in sorted(self.kinds)
+        }
+        given = {kind: found.own for kind, found in masks.items()}
+        with attending(self.config):
+            output = self.body(
+                input_ids=ids,
+                position_ids=depths,
+                attention_mask=given if len(given) > 1 else next(iter(given.values())),
+                past_key_values=cache,
+                use_cache=True,
+                shared=Shared(tuple(parts), tuple(masks.values())),
+            )
+        return output[0]
+
+    def hidden_together(
         self, ids: Tensor, depths: Tensor, visible: Tensor, key_depths: Tensor, cache: DynamicCache
     ) -> Tensor:
-        """Run the packed form; `cache` grows by L.
+        """Run the packed form by the model's own attention, with masks over all keys.
 
         Args:
             ids: [R, L].
             depths: [R, L], position ids.
             visible: [R, L, K], what each token may attend to, apart from sliding windows.
             key_depths: [R, K], position ids of the keys.
-            cache: holds P tokens in each of R rows.
+            cache: holds P tokens in each of R rows; grows by L.
 
         Returns:
             Hidden states [R, L, D].
         """
+        masks = {
+            kind: self._own_mask(kind, visible, depths, key_depths) for kind in sorted(self.kinds)
+        }
         output = self.body(
             input_ids=ids,
             position_ids=depths,
-            attention_mask=self._mask(visible, depths, key_depths),
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
             past_key_values=cache,
             use_cache=True,
         )
         return output[0]
 
-    def _mask(self, visible: Tensor, depths: Tensor, key_depths: Tensor) -> Any:
-        masks: dict[str, Tensor] = {}
-        for kind in self.kinds:
-            allowed = visible
-            if kind == SLIDING and self.window is not None:
-                distance = depths[:, :, None] - key_depths[:, None, :]
-                allowed = visible & (distance < self.window)
-            mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
-            mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)
-            masks[kind] = mask[:, None]
-        return masks if len(masks) > 1 else next(iter(masks.values()))
+    def _own_mask(self, kind: str, visible: Tensor, depths: Tensor, key_depths: Tensor) -> Tensor:
+        allowed = visible
+        if kind == SLIDING and self.window is not None:
+            allowed = visible & (depths[:, :, None] - key_depths[:, None, :] < self.window)
+        return self._added(allowed)[:, None]
+
+    def _part_mask(self, kind: str, depths: Tensor, num_keys: int) -> Tensor | None:
+        if kind != SLIDING or self.window is None or int(depths.max()) < self.window:
+            return None
+        distance = depths.reshape(-1, 1) - torch.arange(num_keys, device=self.device)
+        return self._added(distance < self.window)[None, None]
+
+    def _added(self, allowed: Tensor) -> Tensor:
+        """Return what is added to scores: nothing, or so much that the key does not count."""
+        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=self.device)
+        return mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits [N, V] of hidden states [N, D]."""
@@ -173,11 +231,15 @@ class Trunk:
             return "plain"
         if not self.kinds <= {FULL, SLIDING}:
             return "plain"
-        if self.inner._supports_attention_backend and self._try("packed"):
-            return "packed"
+        if self.inner._supports_attention_backend:
+            if self._try("packed", apart=True):
+                self.apart = True
+                return "packed"
+            if self._try("packed"):
+                return "packed"
         return "rows" if self._try("rows") else "plain"
 
-    def _try(self, sharing: Sharing) -> bool:
+    def _try(self, sharing: Sharing, *, apart: bool = False) -> bool:
         """Say whether a trunk that shares gives the logits of an ordinary forward pass."""
         ids = [int(i) for i in np.linspace(1, self.config.vocab_size - 1, 12)]
         shared, left, right = ids[:5], ids[5:9], ids[9:]
@@ -193,7 +255,7 @@ class Trunk:
             for tokens in sequences
         ]
         try:
-            found = self._leaf_hidden(trie, limits)
+            found = self._leaf_hidden(trie, limits, apart=apart)
         # A model that cannot run this way refuses somewhere in its own code, in any of these ways.
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError, KeyError):
             return False
@@ -209,11 +271,11 @@ class Trunk:
                 return True
         return False
 
-    def _leaf_hidden(self, trie: Trie, limits: Limits) -> list[Tensor]:
-        caches = Caches(self, packed=limits.packed)
+    def _leaf_hidden(self, trie: Trie, limits: Limits, *, apart: bool) -> list[Tensor]:
+        caches = Caches(self, packed=limits.packed, apart=apart)
         ends: dict[int, Tensor] = {}
         for forward in plan(trie, limits).forwards:
-            layout, hidden, _ = caches.run(trie, forward)
+            layout, hidden = caches.run(trie, forward)
             for r, row in enumerate(forward.rows):
                 for number, column in zip(row.nodes, layout.places[r], strict=True):
                     ends[number] = hidden[r, column + len(trie.nodes[number].tokens) - 1]
@@ -221,79 +283,103 @@ class Trunk:
 
 
 class Caches:
-    """Runs forward passes of a plan and keeps the caches that later ones start from."""
+    """Runs forward passes of a plan and keeps the caches that later ones start from.
 
-    def __init__(self, trunk: Trunk, *, packed: bool) -> None:
+    Args:
+        trunk: runs the passes.
+        packed: whether rows hold branches.
+        apart: whether packed rows attend to shared keys apart.
+    """
+
+    def __init__(self, trunk: Trunk, *, packed: bool, apart: bool) -> None:
         self._trunk = trunk
         self._packed = packed
-        self._kept: dict[int, DynamicCache] = {}
+        self._apart = apart
+        self._paths: dict[int, Layers] = {}
+        self._copied: dict[int, DynamicCache] = {}
+        self.own: Layers = []
+        """Keys and values that the last packed pass added, [R, G, L, E] of each layer."""
 
-    def run(self, trie: Trie, forward: Forward) -> tuple[Layout, Tensor, DynamicCache]:
-        """Return the layout, the hidden states [R, L, D] and the grown cache of one pass."""
-        trunk = self._trunk
+    def run(self, trie: Trie, forward: Forward) -> tuple[Layout, Tensor]:
+        """Return the layout and the hidden states [R, L, D] of one pass."""
         layout = lay_out(trie, forward.rows)
-        ids = torch.from_numpy(layout.ids).to(trunk.device)
-        kept = self._kept.get(forward.past)
+        ids = torch.from_numpy(layout.ids).to(self._trunk.device)
         if not self._packed:
-            cache = DynamicCache(config=trunk.config) if kept is None else copy.deepcopy(kept)
-            if kept is not None:
-                cache.batch_repeat_interleave(len(forward.rows))
-            mask = torch.ones(
-                (len(ids), trie.nodes[forward.past].end + ids.shape[1]), device=trunk.device
-            )
-            hidden = trunk.body(
-                input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True
-            )[0]
+            return layout, self._run_rows(trie, forward, ids)
+        depths = torch.from_numpy(layout.depths).to(self._trunk.device)
+        visible = torch.from_numpy(layout.visible).to(self._trunk.device)
+        path = self.path(forward.past)
+        if self._apart:
+            cache = DynamicCache()
+            cache.layers.extend(FreshLayer() for _ in range(self._trunk.config.num_hidden_layers))
+            parts = [Part(slice(None), path)] if path else []
+            hidden = self._trunk.hidden(ids, depths, (visible, depths), parts, cache)
+            self.own = tensors(cache)
         else:
-            cache = DynamicCache() if kept is None else fork(kept, len(forward.rows))
             num_past = trie.nodes[forward.past].end
-            depths = torch.from_numpy(layout.depths).to(trunk.device)
-            visible = torch.from_numpy(layout.visible).to(trunk.device)
-            past = torch.arange(num_past, device=trunk.device).expand(len(forward.rows), -1)
-            hidden = trunk.hidden(
-                ids,
-                depths,
-                torch.nn.functional.pad(visible, (num_past, 0), value=True),
-                torch.cat([past, depths], dim=1),
-                cache,
-            )
+            cache = fork(path, len(forward.rows))
+            past = torch.arange(num_past, device=self._trunk.device).expand(len(forward.rows), -1)
+            seen = torch.nn.functional.pad(visible, (num_past, 0), value=True)
+            key_depths = torch.cat([past, depths], dim=1)
+            hidden = self._trunk.hidden_together(ids, depths, seen, key_depths, cache)
+            self.own = [(k[:, :, num_past:], v[:, :, num_past:]) for k, v in tensors(cache)]
         if forward.keep:
-            self._keep(trie, forward, cache)
-        return layout, hidden, cache
+            self._keep(trie, forward)
+        return layout, hidden
 
-    def _keep(self, trie: Trie, forward: Forward, cache: DynamicCache) -> None:
-        num_past = trie.nodes[forward.past].end
-        for r, row in enumerate(forward.rows):
-            start = num_past
-            for group in row.groups():
-                stop = start + sum(len(trie.nodes[number].tokens) for number in group)
-                if self._packed:
-                    self._kept[group[-1]] = _cut(cache, r, num_past, slice(start, stop))
-                else:
-                    one = copy.deepcopy(cache)
-                    one.batch_select_indices(torch.tensor([r], device=self._trunk.device))
-                    self._kept[group[-1]] = one
-                start = stop
+    def path(self, node: int) -> Layers:
+        """Return keys and values of the kept path to `node`; nothing for the root."""
+        return self._paths.get(node, [])
 
     def release(self, node: int) -> None:
         """Drop the cache of `node`, if it is kept."""
-        self._kept.pop(node, None)
+        self._paths.pop(node, None)
+        self._copied.pop(node, None)
+
+    def _keep(self, trie: Trie, forward: Forward) -> None:
+        path = self.path(forward.past)
+        for r, row in enumerate(forward.rows):
+            start = 0
+            for group in row.groups():
+                stop = start + sum(len(trie.nodes[number].tokens) for number in group)
+                own = [(k[r : r + 1, :, start:stop], v[r : r + 1, :, start:stop])
+                       for k, v in self.own]  # fmt: skip
+                self._paths[group[-1]] = _append(path, own)
+                start = stop
+
+    def _run_rows(self, trie: Trie, forward: Forward, ids: Tensor) -> Tensor:
+        """Run whole paths, one a row, on a copy of the family's own kind of cache."""
+        trunk, kept = self._trunk, self._copied.get(forward.past)
+        cache = DynamicCache(config=trunk.config) if kept is None else copy.deepcopy(kept)
+        if kept is not None:
+            cache.batch_repeat_interleave(len(forward.rows))
+        length = trie.nodes[forward.past].end + ids.shape[1]
+        mask = torch.ones((len(ids), length), device=trunk.device)
+        output = trunk.body(
+            input_ids=ids, attention_mask=mask.long(), past_key_values=cache, use_cache=True
+        )
+        for r, row in enumerate(forward.rows if forward.keep else ()):
+            one = copy.deepcopy(cache)
+            one.batch_select_indices(torch.tensor([r], device=trunk.device))
+            self._copied[row.nodes[-1]] = one
+        return output[0]
 
 
-def tensors(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    """Return keys and values [R, heads, K, head width] of each layer."""
+def tensors(cache: DynamicCache) -> Layers:
+    """Return keys and values [R, G, K, E] of each layer."""
     layers: Any = cache.layers
     return [(layer.keys, layer.values) for layer in layers]
 
 
-def cache_of(layers: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
-    """Return a cache that holds `layers` without copying them.
+def fork(path: Layers, rows: int) -> DynamicCache:
+    """Return a cache of `rows` rows that shares the memory of `path`, one row.
 
     All layers are of the growing kind, also where a model has sliding windows: the windows are in
     our masks, and a cache cut to the window could not be forked or packed.
     """
     cache = DynamicCache()
-    for keys, values in layers:
+    for one, other in path:
+        keys, values = one.expand(rows, -1, -1, -1), other.expand(rows, -1, -1, -1)
         layer = DynamicLayer()
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys, values
@@ -301,20 +387,14 @@ def cache_of(layers: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
     return cache
 
 
-def fork(cache: DynamicCache, rows: int) -> DynamicCache:
-    """Return a cache of `rows` rows that shares the memory of `cache`, which stays as it is."""
-    return cache_of(
-        [(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in tensors(cache)]
-    )
-
-
-def _cut(cache: DynamicCache, r: int, num_past: int, columns: slice) -> DynamicCache:
-    """Return a copy of row `r` of `cache`: its first `num_past` columns, then `columns`."""
-
-    def cut(states: Tensor) -> Tensor:
-        return torch.cat([states[r : r + 1, :, :num_past], states[r : r + 1, :, columns]], dim=2)
-
-    return cache_of([(cut(keys), cut(values)) for keys, values in tensors(cache)])
+def _append(path: Layers, own: Layers) -> Layers:
+    """Return a copy of `path` followed by `own`; both of one row."""
+    if not path:
+        return [(keys.clone(), values.clone()) for keys, values in own]
+    return [
+        (torch.cat([k, new_k], dim=2), torch.cat([v, new_v], dim=2))
+        for (k, v), (new_k, new_v) in zip(path, own, strict=True)
+    ]
 
 
 def _unchanged(logits: Tensor) -> Tensor:

@@ -25,6 +25,9 @@ ROOT = 0
 MOST_REPEATED = 0.05
 """Share of a subtree's tokens that may be computed twice to have smaller pieces to pack."""
 
+WIDTH_OF_TWO = 2000
+"""Width of a row whose tokens cost twice as much as they would alone: they attend to each other."""
+
 
 @dataclass
 class Node:
@@ -269,8 +272,14 @@ def _fill_rows(trie: Trie, sized: Sequence[tuple[int, Group]], limits: Limits) -
     usual = -(-sum(size for size, _ in sized) // width)
     numbers = range(usual + usual // 2 + 1, max(1, usual // 2) - 1, -1)
     arranged = (_balance(sized, number) for number in numbers)
-    best = min(arranged, key=lambda rows: len(rows) * max(sum(s for s, _ in row) for row in rows))
+    best = min(arranged, key=_row_cost)
     return tuple(_row(trie, [group for _, group in row]) for row in best)
+
+
+def _row_cost(rows: Sequence[Sequence[tuple[int, Group]]]) -> float:
+    """Return what rows of groups cost in tokens, padding and attention within a row included."""
+    width = max(sum(size for size, _ in row) for row in rows)
+    return len(rows) * width * (1 + width / WIDTH_OF_TWO)
 
 
 def _balance(sized: Sequence[tuple[int, Group]], num_rows: int) -> list[list[tuple[int, Group]]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from keepshot.models.loading import LanguageModel
 from keepshot.scoring.decoding import Answer, Decoder, open_answer
 from keepshot.scoring.forward import Caches, Layout, Trunk
+from keepshot.scoring.head import is_sampled, next_tokens
 from keepshot.scoring.prefix import ROOT, Forward, Limits, build_trie, plan
 from keepshot.scoring.request import (
     Generate,
@@ -25,12 +26,11 @@ from keepshot.scoring.request import (
     targets,
     tokens_to_read,
 )
-from keepshot.scoring.sampling import is_sampled, next_tokens
 
-ANSWERS_PER_BATCH = 1 / 20
+ANSWERS_PER_BATCH = 1 / 8
 """Decoding waits for batch tokens times this many answers, so that a step is worth its while."""
-KEYS_PER_BATCH = 1
-"""It waits no longer once it holds this many keys for each batch token: all are looked at."""
+KEYS_PER_BATCH = 6
+"""It waits no longer once it holds slots for this many keys a batch token, which take memory."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,10 @@ class SharedRun:
         Args:
             going: gets the answers that must be decoded without sharing.
         """
-        caches = Caches(self._trunk, packed=self._limits.packed)
+        caches = Caches(self._trunk, packed=self._limits.packed, apart=self._trunk.prefills_apart)
         last_use = {forward.past: i for i, forward in enumerate(self._plan.forwards)}
         for i, forward in enumerate(self._plan.forwards):
-            layout, hidden, cache = caches.run(self._trie, forward)
-            if last_use[forward.past] == i:
-                caches.release(forward.past)
+            layout, hidden = caches.run(self._trie, forward)
             self.tokens_prefilled += sum(row.length for row in forward.rows)
             self._read(forward, layout, hidden)
             joining: list[tuple[Answer, int, int]] = []
@@ -108,11 +106,13 @@ class SharedRun:
                     yield self._result(number, answer)
                 else:
                     joining.append((answer, r, place))
-            if not self._limits.packed:
+            if not self._trunk.apart:
                 going.extend(answer for answer, _, _ in joining)
             elif joining:
-                self._decoder.join(joining, self._trie, forward, layout, cache)
+                self._decoder.join(joining, self._trie, forward, layout, caches)
                 yield from self._decode(until_empty=False)
+            if last_use[forward.past] == i:
+                caches.release(forward.past)
         yield from self._decode(until_empty=True)
 
     def _decode(self, *, until_empty: bool) -> Iterator[tuple[int, Result]]:
