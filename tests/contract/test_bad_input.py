@@ -31,8 +31,8 @@ from keepshot.assets import AssetStore
 from keepshot.models.loading import load, save
 from keepshot.records import Cost, ResultDocument, write_items
 from keepshot.tuning.anchors import AnchorKL
+from keepshot.tuning.method_specs import LoRA
 from keepshot.tuning.methods import export, prepare
-from keepshot.tuning.recipe import LoRA
 from pico import pico_model
 
 EARLY: list[tuple[str, str]] = [

@@ -13,9 +13,10 @@ from keepshot.errors import ModelError
 from keepshot.models.loading import LanguageModel, load
 from keepshot.prompts import Template
 from keepshot.tasks.catalog import load_task, resolve_tasks
+from keepshot.tuning.adapters import detach_
 from keepshot.tuning.data import encode_demonstrations, encode_few_shot
-from keepshot.tuning.methods import detach_
-from keepshot.tuning.recipe import KL, Full, LoRA, Recipe, ValueOnly
+from keepshot.tuning.method_specs import Full, LoRA, ValueOnly
+from keepshot.tuning.recipe import KL, Recipe
 from keepshot.tuning.train import train
 
 pytestmark = pytest.mark.real

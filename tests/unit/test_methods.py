@@ -18,8 +18,10 @@ from keepshot.models.bases import check_base
 from keepshot.models.checkpoint import TensorReader
 from keepshot.models.loading import LanguageModel
 from keepshot.prompts import Example
-from keepshot.tuning.methods import detach_, export, prepare, seeded
-from keepshot.tuning.recipe import Full, LoRA, Recipe, ValueOnly
+from keepshot.tuning.adapters import detach_
+from keepshot.tuning.method_specs import Full, LoRA, ValueOnly
+from keepshot.tuning.methods import export, prepare, seeded
+from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.train import train
 
 EXAMPLES = [Example(word, word[0].upper()) for word in ("apple", "berry", "cherry", "date")]

@@ -9,20 +9,8 @@ import pytest
 from keepshot.errors import ConfigError
 from keepshot.specs import Spec
 from keepshot.tuning import recipe as recipes
-from keepshot.tuning.recipe import (
-    KL,
-    METHODS,
-    TERMS,
-    Full,
-    LoRA,
-    Mix,
-    Recipe,
-    ValueOnly,
-    auto,
-    find_term,
-    parse_keep,
-    parse_method,
-)
+from keepshot.tuning.method_specs import METHODS, Full, LoRA, ValueOnly, parse_method
+from keepshot.tuning.recipe import KL, TERMS, Mix, Recipe, auto, find_term, parse_keep
 
 
 def read(**content: Any) -> Recipe:
@@ -57,7 +45,7 @@ def test_steps_and_rate_are_filled_in():
     assert read(epochs=2.0, batch_size=8).resolved(100).steps == 25
     assert read(steps=7).resolved(100).steps == 7
     rates = [read(method={"name": name}).resolved(9).learning_rate for name in METHODS]
-    assert rates == [2e-5, 1e-3, 1e-4]
+    assert rates == [2e-5, 1e-3, 1e-3, 2.5e-4, 1e-4, 1e-4, 1e-4, 2e-5, 1e-3, 0.03, 2e-5]
     assert read(learning_rate=3e-4).resolved(9).learning_rate == 3e-4
 
 

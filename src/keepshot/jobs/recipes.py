@@ -11,7 +11,8 @@ from keepshot.errors import ConfigError
 from keepshot.jobs.specs import BlendSpec, JudgeSpec, MeasureSpec, RunSpec, TuneSpec
 from keepshot.specs import apply_overrides, read_yaml
 from keepshot.theory.document import TheorySpec
-from keepshot.tuning.recipe import KL, Full, LoRA, Mix, Recipe, ValueOnly, auto
+from keepshot.tuning.method_specs import METHODS, describe_method
+from keepshot.tuning.recipe import KL, Mix, Recipe, auto
 
 
 def shipped_recipe(name: str) -> Path:
@@ -132,9 +133,15 @@ def theory_spec(given: Mapping[str, Any], overrides: Sequence[str]) -> TheorySpe
 
 def describe() -> list[dict[str, str]]:
     """Return name, kind and one sentence for every tuning method and keep term."""
-    found = [("method", Full()), ("method", LoRA()), ("method", ValueOnly())]
-    terms = [("keep term", KL()), ("keep term", Mix())]
-    return [
-        {"name": spec.name, "kind": kind, "description": (spec.__doc__ or "").partition("\n")[0]}
-        for kind, spec in [*found, *terms]
+    methods = [
+        {"name": name, "kind": "method", "description": describe_method(name)} for name in METHODS
     ]
+    terms = [
+        {
+            "name": term.name,
+            "kind": "keep term",
+            "description": (term.__doc__ or "").partition("\n")[0],
+        }
+        for term in (KL(), Mix())
+    ]
+    return [*methods, *terms]

@@ -10,25 +10,28 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from keepshot.errors import ConfigError, TrainingError
+from keepshot.errors import ConfigError
 from keepshot.models.loading import LanguageModel
 from keepshot.progress import Progress, Silent
 from keepshot.prompts import Template
 from keepshot.records import TrainingRecord, write_text
+from keepshot.tasks.catalog import is_path
 from keepshot.tasks.source import Row
 from keepshot.tasks.task import Task
 from keepshot.tuning.anchors import AnchorKL, cache_teacher, draw_prompts, few_shot_samples
-from keepshot.tuning.batch import Sample, Source, fingerprint, group, pad, read_logits, schedule
+from keepshot.tuning.batch import Sample, Source, fingerprint, group, pad, read_logits
 from keepshot.tuning.data import Encoded, encode_rows
-from keepshot.tuning.loop import Loop, StepTerm, run
-from keepshot.tuning.methods import export, prepare, seeded
+from keepshot.tuning.loop import StepTerm
+from keepshot.tuning.method_specs import prompt_tokens
+from keepshot.tuning.methods import export
 from keepshot.tuning.recipe import KL, Mix, Recipe, find_term
+from keepshot.tuning.stages import Work, attach_prompts, run_stages, under_prompt
 from keepshot.tuning.terms import next_token
 
 
@@ -134,20 +137,17 @@ def train(
     data = tokenise(recipe, model, examples, anchors=anchors, validation=validation, extra=extra)
     encoded, held_out = data.encoded, data.held_out
     recipe = recipe.resolved(len(encoded.samples))
-    assert recipe.steps is not None
-    samples = schedule(data.sources, recipe.steps, recipe.seed)
     head: Any = model.module.get_output_embeddings()
     terms = _terms(recipe, model, data.prompts, head)
+    target, *mixed = data.sources
+    prompt: tuple[int, ...] = ()
+    if prompts := attach_prompts(recipe, model.module, [task_name(recipe.data)]):
+        prompt = prompts.ids(task_name(recipe.data))
+    sources = [replace(target, samples=under_prompt(target.samples, prompt)), *mixed]
     # Gradients pass through a head that does not train, so its freezing by a method is harmless.
-    prepared = prepare(recipe.method, model.module, recipe.seed)
-    loop = Loop(recipe, prepared, samples, terms, head, extra.state_dir)
-    failure: TrainingError | None = None
-    losses: list[dict[str, float]] = []
-    with seeded(recipe.seed):
-        try:
-            run(loop, losses, progress or Silent())
-        except TrainingError as error:
-            failure = error
+    work = Work(recipe, model.module, sources, terms, head, extra.state_dir)
+    done = run_stages(work, progress or Silent())
+    prepared, losses = done.prepared, done.losses
     record = TuneRecord(
         recipe=recipe.model_dump(mode="json"),
         recipe_fingerprint=recipe.fingerprint(),
@@ -164,16 +164,18 @@ def train(
         num_dropped=encoded.num_dropped,
         num_validation=len(held_out.samples) if held_out else 0,
         data_fingerprint=fingerprint(encoded.samples),
-        tokens=sum(len(sample) for sample in samples),
+        tokens=done.tokens,
         seconds=time.perf_counter() - began,
         losses=losses,
-        validation_loss=mean_loss(model, held_out.samples) if held_out else None,
+        validation_loss=mean_loss(model, under_prompt(held_out.samples, prompt))
+        if held_out
+        else None,
     )
     if out_dir is not None and losses:
         export(prepared, model, out_dir)
         write_text(json.dumps(dataclasses.asdict(record), indent=1) + "\n", out_dir / "tuning.json")
-    if failure is not None:
-        raise failure
+    if done.failure is not None:
+        raise done.failure
     return record
 
 
@@ -207,6 +209,11 @@ def tokenise(
     )
 
 
+def task_name(data: str) -> str:
+    """Return the name that a recipe's data have as a task: a file's is its own name."""
+    return Path(data).name if is_path(data) else data
+
+
 def mean_loss(model: LanguageModel, samples: Sequence[Sample], batch_size: int = 16) -> float:
     """Return the mean next-token loss over all positions read, in nats."""
     head: Any = model.module.get_output_embeddings()
@@ -225,11 +232,12 @@ def mean_loss(model: LanguageModel, samples: Sequence[Sample], batch_size: int =
 
 def _limit(recipe: Recipe, model: LanguageModel) -> int:
     """Return the longest sample allowed, in tokens."""
-    context = model.context_length
+    soft = prompt_tokens(recipe.method)
+    context = model.context_length - soft
     if recipe.max_length is not None and recipe.max_length > context:
         raise ConfigError(
             f"max_length {recipe.max_length} is more than the context of {model.reference!r}, "
-            f"{context} tokens; lower it or leave it out"
+            f"{context} tokens{' after the soft prompt' if soft else ''}; lower it or leave it out"
         )
     return recipe.max_length or context
 
