@@ -15,14 +15,24 @@ from cases import FAMILIES
 from keepshot.assets import AssetStore
 from keepshot.errors import ConfigError, ModelError, TrainingError
 from keepshot.models.loading import LanguageModel, load, outline, save
-from keepshot.models.soft_prompts import attach_, attached, detach_, sample_vectors
+from keepshot.models.soft_prompts import (
+    SoftPrompts,
+    attach_,
+    attached,
+    detach_,
+    sample_vectors,
+)
+from keepshot.progress import Silent
 from keepshot.prompts import Example
 from keepshot.scoring.engine import Engine
 from keepshot.scoring.evaluate import Plan, measure
 from keepshot.tasks.task import Task
+from keepshot.tuning.batch import Sample, Source
+from keepshot.tuning.data import encode_rows
 from keepshot.tuning.method_specs import Full, LoRA, ProMoT, PromptTuning
 from keepshot.tuning.methods import export, prepare
 from keepshot.tuning.recipe import KL, Mix, Recipe, auto
+from keepshot.tuning.stages import Work, attach_prompts, run_stages, under_prompt
 from keepshot.tuning.train import Extra, train
 
 Build = Callable[..., LanguageModel]
@@ -208,3 +218,38 @@ def test_prompts_that_do_not_fit_are_refused(fresh_pico: Build, tmp_path: Path):
     (tmp_path / "run/adapter/keepshot-prompt.json").unlink()
     with pytest.raises(ModelError, match="says for which task it is"):
         load(str(tmp_path / "run"), store)
+
+
+def test_each_task_trains_its_own_prompt(fresh_pico: Build):
+    """Sources carry their prompts: what is read under one says nothing to another."""
+
+    def trained(*used: str) -> SoftPrompts:
+        model = fresh_pico("llama")
+        recipe = Recipe(data="a,b", steps=2, batch_size=2, method=method, learning_rate=1e-2)
+        prompts = attach_prompts(recipe, model.module, ["a", "b"])
+        assert prompts is not None
+        rows = {"a": EXAMPLES[:2], "b": EXAMPLES[2:]}
+        sources = [
+            Source(under_prompt(encoded(model, rows[name]), prompts.ids(name)), 2 // len(used))
+            for name in used
+        ]
+        head = model.module.get_output_embeddings()
+        work = Work(recipe, model.module, sources, len(sources), lambda _: (), head, None)
+        done = run_stages(work, Silent())
+        assert [row["step"] for row in done.losses] == [1, 2, 3, 4]
+        return prompts
+
+    def encoded(model: LanguageModel, rows: tuple[Example, ...]) -> tuple[Sample, ...]:
+        template = task("x").template
+        found = encode_rows(
+            model, rows, template=template, max_length=99, long_rows="error", source="x"
+        )
+        return found.samples
+
+    method = ProMoT(tokens=3, prompt_steps=2, prompt_learning_rate=0.1)
+    start = sample_vectors(fresh_pico("llama").module, 6, torch.Generator().manual_seed(0))
+    both, one = trained("a", "b"), trained("a")
+    assert not torch.equal(both.of("a"), start[:3])
+    assert not torch.equal(both.of("b"), start[3:])
+    assert not torch.equal(one.of("a"), start[:3])
+    assert torch.equal(one.of("b"), start[3:])

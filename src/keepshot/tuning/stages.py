@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,11 @@ class Work:
     """With learning rate and steps filled in."""
     module: Any
     sources: Sequence[Source]
-    """The target's first, under its soft prompt if it has one; then what a term mixes in."""
-    terms: Sequence[StepTerm]
+    """The target's first, under their soft prompts if they have any; then what a term adds."""
+    num_target: int
+    """How many of the sources are the target's."""
+    terms: Callable[[Prepared], Sequence[StepTerm]]
+    """Makes the keep terms of a stage that changes the model, just before its first step."""
     head: Any
     state_dir: Path | None
 
@@ -124,7 +127,7 @@ def _loop(
     assert recipe.steps is not None
     samples = schedule(sources, recipe.steps, recipe.seed)
     # A term has no gradient where the model is frozen and its own prompts come without ours.
-    terms = () if prepared.export == "prompt" else work.terms
+    terms = () if prepared.export == "prompt" else work.terms(prepared)
     return Loop(recipe, prepared, samples, terms, work.head, state_dir)
 
 
@@ -141,11 +144,15 @@ def _run(loop: Loop, progress: Progress) -> Done:
 
 def _train_prompt(work: Work, method: ProMoT, progress: Progress) -> Done:
     """Run the first stage, or take what it left in an earlier start of the same run."""
+    # Each batch is of the target alone: nothing else is read under a prompt.
+    target = work.sources[: work.num_target]
     recipe = work.recipe.model_copy(
-        update={"steps": method.prompt_steps, "learning_rate": method.prompt_learning_rate}
+        update={
+            "steps": method.prompt_steps,
+            "learning_rate": method.prompt_learning_rate,
+            "batch_size": sum(source.count for source in target),
+        }
     )
-    # Each batch is of the target alone: nothing else is read under its prompt.
-    target = [Source(work.sources[0].samples, recipe.batch_size)]
     prepared = prepare(PromptTuning(tokens=method.tokens), work.module, recipe.seed)
     place = work.state_dir / "prompt" if work.state_dir else None
     loop = _loop(work, recipe, prepared, target, place)

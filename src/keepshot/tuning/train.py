@@ -10,7 +10,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -134,18 +134,14 @@ def train(
     """
     extra = extra or Extra()
     began = time.perf_counter()
+    attach_prompts(recipe, model.module, [task_name(name) for name in recipe.data.split(",")])
     data = tokenise(recipe, model, examples, anchors=anchors, validation=validation, extra=extra)
     encoded, held_out = data.encoded, data.held_out
     recipe = recipe.resolved(len(encoded.samples))
     head: Any = model.module.get_output_embeddings()
     terms = _terms(recipe, model, data.prompts, head)
-    target, *mixed = data.sources
-    prompt: tuple[int, ...] = ()
-    if prompts := attach_prompts(recipe, model.module, [task_name(recipe.data)]):
-        prompt = prompts.ids(task_name(recipe.data))
-    sources = [replace(target, samples=under_prompt(target.samples, prompt)), *mixed]
     # Gradients pass through a head that does not train, so its freezing by a method is harmless.
-    work = Work(recipe, model.module, sources, terms, head, extra.state_dir)
+    work = Work(recipe, model.module, data.sources, 1, lambda _: terms, head, extra.state_dir)
     done = run_stages(work, progress or Silent())
     prepared, losses = done.prepared, done.losses
     record = TuneRecord(
@@ -167,7 +163,7 @@ def train(
         tokens=done.tokens,
         seconds=time.perf_counter() - began,
         losses=losses,
-        validation_loss=mean_loss(model, under_prompt(held_out.samples, prompt))
+        validation_loss=mean_loss(model, _prompted(model, held_out, recipe.data))
         if held_out
         else None,
     )
@@ -211,7 +207,7 @@ def tokenise(
 
 def task_name(data: str) -> str:
     """Return the name that a recipe's data have as a task: a file's is its own name."""
-    return Path(data).name if is_path(data) else data
+    return Path(data.strip()).name if is_path(data.strip()) else data.strip()
 
 
 def mean_loss(model: LanguageModel, samples: Sequence[Sample], batch_size: int = 16) -> float:
@@ -264,8 +260,9 @@ def _sources(
 ) -> list[Source]:
     """Divide each batch among the target's samples and those that a mix term adds."""
     mix = find_term(recipe.keep, Mix)
+    target = _prompted(model, encoded, recipe.data)
     if mix is None:
-        return [Source(encoded.samples, recipe.batch_size)]
+        return [Source(target, recipe.batch_size)]
     added: list[Source] = []
     if mix.icl_share > 0.0:
         samples = few_shot_samples(
@@ -283,7 +280,12 @@ def _sources(
             f"batch_size {recipe.batch_size} leaves no room for the target beside the mix term; "
             "raise it or lower the shares"
         )
-    return [Source(encoded.samples, left), *added]
+    return [Source(target, left), *added]
+
+
+def _prompted(model: LanguageModel, encoded: Encoded, data: str) -> tuple[Sample, ...]:
+    """Return the samples under the soft prompt that their task has, if it has one."""
+    return under_prompt(encoded.samples, model.soft_prompt(task_name(data)))
 
 
 def _count(share: float, recipe: Recipe) -> int:
