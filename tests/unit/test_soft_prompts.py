@@ -29,7 +29,7 @@ from keepshot.scoring.evaluate import Plan, measure
 from keepshot.tasks.task import Task
 from keepshot.tuning.batch import Sample, Source
 from keepshot.tuning.data import encode_rows
-from keepshot.tuning.method_specs import Full, LoRA, ProMoT, PromptTuning
+from keepshot.tuning.method_specs import BiasOnly, Full, LoRA, ProMoT, PromptTuning
 from keepshot.tuning.methods import export, prepare
 from keepshot.tuning.recipe import KL, Mix, Recipe, auto
 from keepshot.tuning.stages import Work, attach_prompts, run_stages, under_prompt
@@ -253,3 +253,13 @@ def test_each_task_trains_its_own_prompt(fresh_pico: Build):
     assert not torch.equal(both.of("b"), start[3:])
     assert not torch.equal(one.of("a"), start[:3])
     assert torch.equal(one.of("b"), start[3:])
+
+
+def test_a_second_stage_that_trains_nothing_is_refused_before_the_first(fresh_pico: Build):
+    class Never(Silent):
+        def update(self, done: int, total: int, detail: str = "") -> None:
+            raise AssertionError("a step was taken")
+
+    recipe = Recipe(data="x", steps=1, batch_size=2, method=ProMoT(then=BiasOnly()))
+    with pytest.raises(TrainingError, match="named `bias`"):
+        train(recipe, fresh_pico("llama"), EXAMPLES, None, progress=Never())

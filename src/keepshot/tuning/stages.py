@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from keepshot.errors import TrainingError
 from keepshot.models.soft_prompts import SoftPrompts, attach_, sample_vectors
 from keepshot.progress import Progress
+from keepshot.tuning.adapters import detach_
 from keepshot.tuning.batch import Sample, Source, schedule
 from keepshot.tuning.loop import Loop, StepTerm, run
 from keepshot.tuning.method_specs import ProMoT, PromptTuning, prompt_tokens
@@ -102,6 +103,9 @@ def run_stages(work: Work, progress: Progress) -> Done:
     first: list[dict[str, float]] = []
     tokens = 0
     if method.prompt == "trained":
+        # What the second stage cannot train must show before the first has run.
+        prepare(method.then, work.module, recipe.seed)
+        detach_(work.module, merge=False)
         done = _train_prompt(work, method, progress)
         if done.failure is not None:
             return done
