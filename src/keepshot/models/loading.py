@@ -50,7 +50,7 @@ from keepshot.models.reference import (
     read_json,
     refuse_pickles,
 )
-from keepshot.models.soft_prompts import attached, is_prompt, load_prompts_, prompt_folders
+from keepshot.models.soft_prompts import attached, load_prompts_, own_prompt, prompts_beside
 from keepshot.records import building_directory
 
 DTYPES = {
@@ -202,7 +202,7 @@ def load(
         model = _load_directory(
             reference, path, store, device=target, dtype=dtype, trust_remote_code=trust_remote_code
         )
-    load_prompts_(model.module, _prompts(whole))
+    load_prompts_(model.module, prompts_beside(whole))
     return replace(model, sha256=_with_prompts(model.sha256, whole, store))
 
 
@@ -222,7 +222,7 @@ def outline(reference: str, store: AssetStore, *, trust_remote_code: bool = Fals
         TensorReader(parsed.path)
         base = outline(parsed.base, store, trust_remote_code=trust_remote_code)
         check_base(parsed.path, base.sha256, base.reference)
-        load_prompts_(base.module, _prompts(whole) or _own_prompt(parsed))
+        load_prompts_(base.module, prompts_beside(whole) or own_prompt(parsed.path))
         return replace(base, reference=reference, path=parsed.path)
     path = locate(parsed, store, trust_remote_code=trust_remote_code)
     TensorReader(path)
@@ -232,7 +232,7 @@ def outline(reference: str, store: AssetStore, *, trust_remote_code: bool = Fals
         with torch.device("meta"):
             module: Any = AutoModelForCausalLM.from_config(config, **options)
         tokenizer = _load_tokenizer(path, {"local_files_only": True, **options})
-    load_prompts_(module, _prompts(whole))
+    load_prompts_(module, prompts_beside(whole))
     return LanguageModel(
         reference=reference,
         module=module,
@@ -305,17 +305,8 @@ def identify(reference: str, store: AssetStore) -> str:
     return _with_prompts(sha256, whole, store)
 
 
-def _prompts(reference: ModelReference) -> list[Path]:
-    """Return the directories of the soft prompts that a keepshot run wrote beside its model."""
-    return prompt_folders(reference.path) if isinstance(reference, RunDirectory) else []
-
-
-def _own_prompt(adapter: AdapterDirectory) -> list[Path]:
-    return [adapter.path] if is_prompt(adapter.path) else []
-
-
 def _with_prompts(sha256: str, reference: ModelReference, store: AssetStore) -> str:
-    for folder in _prompts(reference):
+    for folder in prompts_beside(reference):
         sha256 = joint_sha256(sha256, directory_sha256(folder, store))
     return sha256
 
@@ -393,10 +384,9 @@ def _load_adapter(
     base = load(
         adapter.base, store, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    own_prompt = _own_prompt(adapter)
-    if own_prompt:
-        load_prompts_(base.module, own_prompt)
-    merged = base.module if own_prompt else merge_adapter(base.module, adapter.path, base.reference)
+    own = own_prompt(adapter.path)
+    load_prompts_(base.module, own)
+    merged = base.module if own else merge_adapter(base.module, adapter.path, base.reference)
     return LanguageModel(
         reference=adapter.text,
         module=merged,

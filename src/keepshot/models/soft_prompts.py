@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from keepshot.errors import ModelError
-from keepshot.models.reference import read_json
+from keepshot.models.reference import ModelReference, RunDirectory, read_json
 from keepshot.outputs import write_text
 
 WEIGHTS = "adapter_model.safetensors"
@@ -148,15 +148,17 @@ def save_prompt(prompts: SoftPrompts, task: str, folder: Path, base: str | None)
     write_text(json.dumps({"task": task}) + "\n", folder / TASK_FILE)
 
 
-def is_prompt(folder: Path) -> bool:
-    """Say whether an adapter directory holds a soft prompt."""
-    config = read_json(folder / "adapter_config.json")
-    return config.get("peft_type") == "PROMPT_TUNING"
+def own_prompt(adapter_dir: Path) -> list[Path]:
+    """Return the directory itself if the adapter in it is a soft prompt."""
+    config = read_json(adapter_dir / "adapter_config.json")
+    return [adapter_dir] if config.get("peft_type") == "PROMPT_TUNING" else []
 
 
-def prompt_folders(run_dir: Path) -> list[Path]:
-    """Return the directories of the prompts that lie beside a run's model or adapter."""
-    return sorted(path.parent for path in run_dir.glob(f"{PROMPTS_DIR}/*/{TASK_FILE}"))
+def prompts_beside(reference: ModelReference) -> list[Path]:
+    """Return the directories of the soft prompts that a keepshot run wrote beside its model."""
+    if not isinstance(reference, RunDirectory):
+        return []
+    return sorted(path.parent for path in reference.path.glob(f"{PROMPTS_DIR}/*/{TASK_FILE}"))
 
 
 def load_prompts_(module: Any, folders: Sequence[Path]) -> None:
