@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Two processes of one thread each: most tests are too small for two threads to help.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
@@ -26,17 +28,17 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not real and not slow"
+	$(PYTEST) -m "not real and not slow"
 
 # what CI runs: everything but Gemma and what is slow
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: install
-	KEEPSHOT_ACCEPT_LICENCE=gemma $(BIN)/python -m pytest
+	KEEPSHOT_ACCEPT_LICENCE=gemma $(PYTEST)
 
 # rewrite the golden files, with a reason in the commit message
 golden: install

@@ -5,6 +5,7 @@ Whoever adds a method, a keep term, a task or a family adds it here, and so to e
 
 from __future__ import annotations
 
+from keepshot.tuning.keep import EWC, KL, L2SP, FewShot, Mix, SelfDistil, TokenMask
 from keepshot.tuning.method_specs import (
     AttentionOnly,
     BiasOnly,
@@ -15,7 +16,6 @@ from keepshot.tuning.method_specs import (
     PromptTuning,
     ValueOnly,
 )
-from keepshot.tuning.recipe import KL, Mix
 
 METHODS = [
     Full(),
@@ -35,7 +35,10 @@ METHODS = [
     ProMoT(tokens=3, prompt_steps=3, then=LoRA(rank=2)),
     ProMoT(tokens=3, prompt="joint", then=ValueOnly()),
 ]
-TERMS = [KL(prompts=8), Mix()]
+TERMS = [
+    KL(prompts=8), Mix(), FewShot(shots=2, prompts_per_step=2), L2SP(), EWC(prompts=4),
+    TokenMask(threshold=300.0), SelfDistil(max_new_tokens=8),
+]  # fmt: skip
 FAMILIES = ["llama", "gpt2", "gpt_neox", "qwen2", "gemma3", "falcon"]
 WITH_BIASES = ["gpt2", "gpt_neox", "qwen2", "falcon"]
 TASKS = [
@@ -45,5 +48,6 @@ TASKS = [
     "reference-format", "second-item", "last-item", "look-up", "pick-animal", "pick-colour",
     "word-group", "number-name", "number-spelling", "extract-phone", "extract-town",
     "extract-day", "sentence-topic", "sentence-feeling", "short-facts", "opposite", "support",
+    "instructions", "instructions-homogeneous",
     "upper-case", "repeat-words", "title-case", "drop-vowels", "spell-out", "link-words",
 ]  # fmt: skip

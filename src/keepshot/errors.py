@@ -40,6 +40,10 @@ class TrainingError(UserError):
     """Training that cannot go on: the loss is not a number, or nothing would be trained."""
 
 
+class StudyError(UserError):
+    """A study that cannot be run, or a figure that its results do not allow."""
+
+
 class GateError(UserError):
     """A gate that was asked for (such as `--require-retention`) did not hold; exit status 3."""
 

@@ -58,6 +58,22 @@ EARLY: list[tuple[str, str]] = [
         "general_data: colour.jsonl}]",
         "nearest in . is 'colours.jsonl'",
     ),
+    (
+        "run recipe.yaml --set arms.kept.keep=[{name: mix, general_share: 0.2, "
+        "general_data: instructionz}]",
+        "nearest is 'instructions'",
+    ),
+    (
+        "run recipe.yaml --set arms.kept.keep=[{name: kl, tasks: addition}]",
+        "anchor task 'addition' holds",
+    ),
+    (
+        "run recipe.yaml --set measure.tasks=[few.jsonl] --set arms.kept.keep="
+        "[{name: mix, general_share: 0.2, general_data: few.jsonl}]",
+        "general data holds 3 of the 3 questions of measured task 'few.jsonl'",
+    ),
+    ("tune --data few.jsonl,absent.jsonl", "absent.jsonl: no such file"),
+    ("tune --data few.jsonl --set data_shares=[0.5,0.4]", "add up to 0.9, not 1"),
     ("run absent.yaml", "absent.yaml: no such file"),
     ("tune --data few.jsonl --method lorra", "nearest is 'lora'"),
     ("tune --data few.jsonl --keep kll", "nearest is 'kl'"),

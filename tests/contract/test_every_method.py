@@ -23,9 +23,10 @@ from keepshot.progress import Silent
 from keepshot.prompts import Example
 from keepshot.tasks.task import Task
 from keepshot.tuning import adapters
-from keepshot.tuning.method_specs import LoRA, default_learning_rate, parse_method
+from keepshot.tuning.keep import Term, parse_keep
+from keepshot.tuning.method_specs import Full, LoRA, ValueOnly, default_learning_rate, parse_method
 from keepshot.tuning.methods import prepare
-from keepshot.tuning.recipe import Recipe, Term, parse_keep
+from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.stages import attach_prompts
 from keepshot.tuning.train import Extra, TuneRecord, train
 
@@ -289,3 +290,56 @@ def test_a_run_that_was_killed_resumes_to_the_same_bits(
     assert record.losses == expected.losses
     assert equal(weights(resumed), weights(whole))
     assert not state_dir.exists()
+
+
+every_term = pytest.mark.parametrize("term", TERMS, ids=lambda term: term.name)
+
+
+@every_term
+def test_a_term_of_no_strength_changes_no_bit(term: Any, fresh_pico: Build) -> None:
+    """A weight of 1e-30 is lost in every sum, so that only what a term does besides would show."""
+    # A random model's rewritings never agree, which is self-distillation at strength zero.
+    weakest: Any = {"mix": None, "stm": {"threshold": 1e30}, "self-distil": {}}.get(
+        term.name, {"weight": 1e-30}
+    )
+    if weakest is None:
+        pytest.skip("a mixture has shares, which cannot all be zero")
+    plain, kept = fresh_pico("llama"), fresh_pico("llama")
+    first = tune(plain, method=Full())
+    weak = tune(kept, method=Full(), keep=(term.model_copy(update=weakest),))
+    assert [row["loss"] for row in weak.losses] == [row["loss"] for row in first.losses]
+    assert equal(weights(plain), weights(kept))
+
+
+@every_term
+def test_a_term_moves_nothing_that_the_method_leaves(term: Any, fresh_pico: Build) -> None:
+    plain, kept, before = (fresh_pico("falcon") for _ in range(3))
+    tune(plain, method=ValueOnly())
+    tune(kept, method=ValueOnly(), keep=(term,))
+
+    def moved(model: LanguageModel) -> dict[str, Tensor]:
+        start, end = weights(before), weights(model)
+        return {name: (start[name] != end[name]).any(dim=-1) for name in start}
+
+    assert equal(moved(plain), moved(kept))
+
+
+@every_term
+def test_a_killed_run_resumes_to_the_same_bits_under_every_term(
+    term: Any, fresh_pico: Build, tmp_path: Path
+) -> None:
+    settings = recipe(method=LoRA(rank=2), keep=(term,), steps=4, save_every=2)
+    whole, broken, resumed = (fresh_pico("llama") for _ in range(3))
+    expected = train(settings, whole, EXAMPLES, None, anchors=[ANCHOR])
+    extra = Extra(state_dir=tmp_path / "state")
+
+    class Stopping(Silent):
+        def update(self, done: int, total: int, detail: str = "") -> None:
+            if done == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, broken, EXAMPLES, None, anchors=[ANCHOR], progress=Stopping(), extra=extra)
+    record = train(settings, resumed, EXAMPLES, None, anchors=[ANCHOR], extra=extra)
+    assert record.losses == expected.losses
+    assert equal(weights(resumed), weights(whole))

@@ -235,6 +235,29 @@ def test_a_run_keeps_the_prompt_beside_its_adapter(workplace: Path) -> None:
     assert [row.answer for row in found] == [row.answer for row in expected]
 
 
+def test_tune_on_several_sets_with_embedded_instructions_prints_what_was_read(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mix = (
+        "[{name: mix, icl_share: 0.25, shots: 2, general_share: 0.25, general_data: instructions}]"
+    )
+    arguments = ["--model", "base", "--data", "colours.jsonl,support", "--method", "full"]
+    sets = [f"keep={mix}", "steps=2", "batch_size=8", "data_shares=[0.25, 0.75]"]
+    settings = [part for value in sets for part in ("--set", value)]
+    assert status("tune", *arguments, *settings, "--out", "tuned") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    record = json.loads((workplace / "tuned" / "tuning.json").read_text("utf-8"))
+    target, few_shot, general = record["sources"]
+    assert [(part["name"], part["per_step"]) for part in target["parts"]] == [
+        ("colours.jsonl", 1), ("support", 3),
+    ]  # fmt: skip
+    assert (few_shot["per_step"], len(few_shot["parts"])) == (2, 6)
+    assert (general["per_step"], general["samples"]) == (2, 2086)
+    for source in (target, *target["parts"], few_shot, general):
+        assert f"{source['samples']:,} samples {source['tokens']:,} tokens" in printed
+        assert source["fingerprint"] in printed
+
+
 def test_blend_writes_one_point_and_sweeps_a_path(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,8 +11,8 @@ from keepshot.errors import ConfigError
 from keepshot.jobs.recipes import blend_spec, run_spec, shipped_recipe, tune_spec
 from keepshot.jobs.specs import parse_lambdas
 from keepshot.models.reference import HubModel, parse_reference
+from keepshot.tuning.keep import KL, find_term
 from keepshot.tuning.method_specs import METHODS, BottomFrozen, Full, LoRA, ProMoT
-from keepshot.tuning.recipe import KL, find_term
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import pytest
 from keepshot.errors import ConfigError
 from keepshot.specs import Spec
 from keepshot.tuning import recipe as recipes
+from keepshot.tuning.keep import KL, TERMS, Mix, find_term, parse_keep
 from keepshot.tuning.method_specs import METHODS, Full, LoRA, ValueOnly, parse_method
-from keepshot.tuning.recipe import KL, TERMS, Mix, Recipe, auto, find_term, parse_keep
+from keepshot.tuning.recipe import Recipe, auto
 
 
 def read(**content: Any) -> Recipe:

@@ -29,9 +29,10 @@ from keepshot.scoring.evaluate import Plan, measure
 from keepshot.tasks.task import Task
 from keepshot.tuning.batch import Sample, Source
 from keepshot.tuning.data import encode_rows
+from keepshot.tuning.keep import KL, Mix
 from keepshot.tuning.method_specs import BiasOnly, Full, LoRA, ProMoT, PromptTuning
 from keepshot.tuning.methods import export, prepare
-from keepshot.tuning.recipe import KL, Mix, Recipe, auto
+from keepshot.tuning.recipe import Recipe, auto
 from keepshot.tuning.stages import Work, attach_prompts, run_stages, under_prompt
 from keepshot.tuning.train import Extra, train
 

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from keepshot.tuning.terms import Direction, kl_divergence, next_token
+from keepshot.tuning.terms import (
+    Direction,
+    annealed,
+    k3,
+    kl_divergence,
+    next_token,
+    pull,
+    token_log_probs,
+)
 
 
 def draw(seed: int, positions: int = 5, vocabulary: int = 7) -> torch.Tensor:
@@ -79,3 +87,78 @@ def test_no_gradient_flows_into_the_teacher():
     kl_divergence(student, teacher, everywhere(student), "forward").backward()
     assert student.grad is not None
     assert teacher.grad is None
+
+
+def test_token_log_probs_agree_with_numpy():
+    logits, targets = draw(10), torch.tensor([3, 0, 6, 6, 1])
+    expected = numpy_log_softmax(logits)[np.arange(5), targets.numpy()]
+    assert token_log_probs(logits, targets).numpy() == pytest.approx(expected, abs=1e-6)
+
+
+def test_k3_is_zero_where_both_agree_and_never_negative():
+    teacher = -torch.rand(64, generator=torch.Generator().manual_seed(0))
+    assert k3(teacher.clone(), teacher).item() == 0.0
+    for seed in range(5):
+        student = -3 * torch.rand(64, generator=torch.Generator().manual_seed(seed))
+        ratio = np.exp(teacher.numpy() - student.numpy())
+        expected = (ratio - 1 - np.log(ratio)).mean()
+        assert k3(student, teacher).item() == pytest.approx(expected, rel=1e-5)
+        assert expected >= 0.0
+
+
+def test_k3_averaged_over_the_students_tokens_is_the_reverse_divergence():
+    student, teacher = draw(11, 3), draw(12, 3)
+    log_p, log_q = numpy_log_softmax(student), numpy_log_softmax(teacher)
+    expected = 0.0
+    for token in range(7):
+        targets = torch.full((3,), token)
+        each = [
+            k3(token_log_probs(student[[n]], targets[[n]]), torch.tensor(log_q[n, [token]]))
+            for n in range(3)
+        ]
+        expected += sum(np.exp(log_p[n, token]) * each[n].item() for n in range(3)) / 3
+    assert expected == pytest.approx(numpy_kl(student, teacher).mean(), rel=1e-4)
+
+
+def test_the_k3_gradient_agrees_with_finite_differences():
+    student, teacher = draw(13, 3).requires_grad_(), draw(14, 3)
+    targets = torch.tensor([1, 5, 2])
+    kept = token_log_probs(teacher, targets)
+    (gradient,) = torch.autograd.grad(k3(token_log_probs(student, targets), kept), student)
+
+    def numpy_k3(logits: torch.Tensor) -> float:
+        chosen = [numpy_log_softmax(t)[np.arange(3), targets.numpy()] for t in (teacher, logits)]
+        log_ratio = chosen[0] - chosen[1]
+        return float((np.exp(log_ratio) - 1 - log_ratio).mean())
+
+    for index in np.ndindex(3, 7):
+        step = torch.zeros(3, 7, dtype=torch.float64)
+        step[index] = 1e-5
+        up, down = numpy_k3(student.detach() + step), numpy_k3(student.detach() - step)
+        assert gradient[index].item() == pytest.approx((up - down) / 2e-5, abs=1e-4)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["l2-sp", "ewc"])
+def test_the_pull_and_its_gradient_agree_with_numpy(weighted: bool):
+    now = [draw(15).float().requires_grad_(), draw(16, 2, 3).float().requires_grad_()]
+    starts = [draw(17).float(), draw(18, 2, 3).float()]
+    importances = [draw(19).float().abs(), draw(20, 2, 3).float().abs()]
+    value = pull(
+        (w, start, importance if weighted else None)
+        for w, start, importance in zip(now, starts, importances, strict=True)
+    )
+    gaps = [w.detach().numpy() - start.numpy() for w, start in zip(now, starts, strict=True)]
+    factors = [f.numpy() if weighted else np.ones_like(f.numpy()) for f in importances]
+    expected = 0.5 * sum((f * gap**2).sum() for f, gap in zip(factors, gaps, strict=True))
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    for gradient, f, gap in zip(torch.autograd.grad(value, now), factors, gaps, strict=True):
+        assert gradient.numpy() == pytest.approx(f * gap, rel=1e-5)
+    assert pull((w, w.detach().clone(), None) for w in now).item() == 0.0
+
+
+def test_a_weight_is_annealed_in_equal_steps():
+    assert [annealed(1.0, 0.2, step, 5) for step in range(5)] == pytest.approx(
+        [1.0, 0.8, 0.6, 0.4, 0.2]
+    )
+    assert annealed(0.7, 0.0, 0, 1) == 0.7
+    assert annealed(1.0, 0.0, 9, 5) == 0.0

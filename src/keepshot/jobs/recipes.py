@@ -11,8 +11,9 @@ from keepshot.errors import ConfigError
 from keepshot.jobs.specs import BlendSpec, JudgeSpec, MeasureSpec, RunSpec, TuneSpec
 from keepshot.specs import apply_overrides, read_yaml
 from keepshot.theory.document import TheorySpec
+from keepshot.tuning.keep import KEEP_TERMS
 from keepshot.tuning.method_specs import METHODS, describe_method
-from keepshot.tuning.recipe import KL, Mix, Recipe, auto
+from keepshot.tuning.recipe import Recipe, auto
 
 
 def shipped_recipe(name: str) -> Path:
@@ -142,6 +143,6 @@ def describe() -> list[dict[str, str]]:
             "kind": "keep term",
             "description": (term.__doc__ or "").partition("\n")[0],
         }
-        for term in (KL(), Mix())
+        for term in KEEP_TERMS
     ]
     return [*methods, *terms]

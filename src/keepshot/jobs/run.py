@@ -23,6 +23,7 @@ from keepshot.errors import ConfigError
 from keepshot.jobs.blend import Questions
 from keepshot.jobs.following import Follower
 from keepshot.jobs.measure import Ledger, Measured, model_record, read_tasks
+from keepshot.jobs.separation import check_apart
 from keepshot.jobs.specs import ARMS, BlendArm, Measuring, RunSpec, TunedArm
 from keepshot.jobs.target import load_target
 from keepshot.jobs.tune import anchor_tasks, general_rows, naming_what_is_kept
@@ -42,6 +43,8 @@ from keepshot.records import (
 from keepshot.scoring.evaluate import Plan, check_prompts
 from keepshot.scoring.summary import path_points, resample_path, scores, summarise
 from keepshot.tasks.catalog import SUITES
+from keepshot.tasks.source import Row
+from keepshot.tuning.anchors import examples_of
 from keepshot.tuning.train import Extra, tokenise, train
 
 
@@ -84,9 +87,10 @@ class _Run:
         self._check_separation()
         self.anchors = {arm: anchor_tasks(recipe, store) for arm, recipe in spec.arms.items()}
         self.extra = {
-            arm: Extra(template=self.target.template, general=general_rows(recipe))
+            arm: Extra(template=self.target.template, general=general_rows(recipe, store))
             for arm, recipe in spec.arms.items()
         }
+        check_apart(self.tasks, self._trained())
         self.items: list[ItemResult] = []
         self.models: list[ModelRecord] = []
         self.training: list[TrainingRecord] = []
@@ -94,6 +98,15 @@ class _Run:
         self.picked: PickRecord | None = None
         self.ledger = Ledger(workspace, progress)
         self.follower = Follower(spec.measure.following, store, workspace, progress)
+
+    def _trained(self) -> dict[str, Sequence[Row]]:
+        """Return what trains besides the target, by name."""
+        found: dict[str, Sequence[Row]] = {}
+        for arm in self.spec.arms:
+            for task in self.anchors[arm]:
+                found[f"anchor task {task.name!r}"] = examples_of(task)
+            found[f"arm {arm!r}: general data"] = self.extra[arm].general
+        return found
 
     def _check_separation(self) -> None:
         for task in self.tasks:

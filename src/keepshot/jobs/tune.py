@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from keepshot import records
 from keepshot.assets import AssetStore
-from keepshot.errors import TrainingError
+from keepshot.errors import ConfigError, TrainingError
 from keepshot.jobs.measure import model_record
 from keepshot.jobs.specs import TuneSpec
 from keepshot.jobs.target import load_target
@@ -22,7 +23,9 @@ from keepshot.tasks.catalog import is_path, resolve_tasks
 from keepshot.tasks.source import Row, read_rows
 from keepshot.tasks.task import Task
 from keepshot.tuning.data import hold_out
-from keepshot.tuning.recipe import Mix, Recipe, find_term
+from keepshot.tuning.keep import Mix, anchor_names, find_term
+from keepshot.tuning.mixture import lines
+from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.train import Extra, TuneRecord, train
 
 VALIDATION_SHARE = 0.1
@@ -39,11 +42,14 @@ def tune(
     recipe = spec.recipe
     parse_reference(recipe.model)
     progress.stage("reading data")
-    rows, validation, template = _rows(recipe, store)
+    rows, validation, template, origins = _rows(recipe, store)
     anchors = anchor_tasks(recipe, store)
     workspace.begin()
     extra = Extra(
-        template=template, general=general_rows(recipe), state_dir=workspace.part("state")
+        template=template,
+        general=general_rows(recipe, store),
+        origins=origins,
+        state_dir=workspace.part("state"),
     )
     progress.stage(f"loading {recipe.model}")
     model = load(
@@ -72,7 +78,7 @@ def tune(
         summary=[],
         cost=records.Cost(seconds=record.seconds),
         training=[record.training_record("tuned")],
-        notes=[_words(record)],
+        notes=[_words(record), "\n".join(lines(record.sources))],
     )
     return workspace.finish(document, [])
 
@@ -90,24 +96,58 @@ def naming_what_is_kept(arm: str | None, out_dir: Path) -> Generator[None]:
 
 def anchor_tasks(recipe: Recipe, store: AssetStore) -> list[Task]:
     """Return the tasks from which the recipe's keep terms draw their few-shot prompts."""
-    return resolve_tasks([recipe.keep[0].tasks], store) if recipe.keep else []
+    names = anchor_names(recipe.keep)
+    return resolve_tasks([names], store) if names else []
 
 
-def general_rows(recipe: Recipe) -> list[Row]:
-    """Return the rows of the recipe's general data, if it mixes any in."""
+def general_rows(recipe: Recipe, store: AssetStore) -> Sequence[Row]:
+    """Return the rows of the recipe's general data, if it mixes any in.
+
+    Raises:
+        TaskError: if there is no such file or task, or the task has nothing to tune on.
+    """
     mix = find_term(recipe.keep, Mix)
-    return read_rows(Path(mix.general_data)) if mix and mix.general_data else []
+    if mix is None or mix.general_data is None:
+        return ()
+    if is_path(mix.general_data):
+        return read_rows(Path(mix.general_data))
+    return load_target(mix.general_data, store).train
 
 
-def _rows(recipe: Recipe, store: AssetStore) -> tuple[Sequence[Row], Sequence[Row], Template]:
-    """Return rows to train on, rows held out, and the template of `{input, output}` rows."""
-    if is_path(recipe.data):
-        path = Path(recipe.data)
-        rows = read_rows(path)
-        held = hold_out(rows, share=VALIDATION_SHARE, seed=recipe.seed)
-        return *held, Template()
-    target = load_target(recipe.data, store)
-    return target.train, target.validation, target.template
+@dataclass(frozen=True)
+class _Data:
+    """What is tuned on, and what is held out, of one data set."""
+
+    name: str
+    rows: Sequence[Row]
+    validation: Sequence[Row]
+    template: Template
+
+
+def _rows(
+    recipe: Recipe, store: AssetStore
+) -> tuple[Sequence[Row], Sequence[Row], Template, list[tuple[str, int]]]:
+    """Return rows to train on, rows held out, their template, and the data sets they are from."""
+    several = "," in recipe.data and not Path(recipe.data).is_file()
+    names = [part.strip() for part in recipe.data.split(",")] if several else [recipe.data]
+    data = [_data(name, recipe.seed, store) for name in names if name]
+    templates = {part.template for part in data}
+    if len(templates) > 1:
+        raise ConfigError(f"--data {recipe.data!r}: data sets of different templates cannot be one")
+    return (
+        [row for part in data for row in part.rows],
+        [row for part in data for row in part.validation],
+        data[0].template,
+        [(part.name, len(part.rows)) for part in data],
+    )
+
+
+def _data(name: str, seed: int, store: AssetStore) -> _Data:
+    if is_path(name):
+        held = hold_out(read_rows(Path(name)), share=VALIDATION_SHARE, seed=seed)
+        return _Data(name, *held, Template())
+    target = load_target(name, store)
+    return _Data(name, target.train, target.validation, target.template)
 
 
 def _words(record: TuneRecord) -> str:

@@ -14,6 +14,7 @@ from keepshot.errors import TaskError, unknown
 from keepshot.prompts import Example
 from keepshot.tasks import lexical, procedural, sentences, surface
 from keepshot.tasks.lexical import AssetSource
+from keepshot.tasks.pairs import cuts
 from keepshot.tasks.source import SUFFIXES, read_examples_file
 from keepshot.tasks.task import Kind, Task, group_by_input, seeded
 
@@ -82,6 +83,13 @@ def _anchor(rule: str, description: str, maker: procedural.Maker) -> TaskEntry:
     return TaskEntry(
         "exact", domain, rule, description, source, "Apache-2.0", _made(maker), role="anchor"
     )
+
+
+def _instructions(description: str, maker: procedural.Maker) -> TaskEntry:
+    return TaskEntry(
+        "exact", "instructions", "instructions", description, "instructions made by code",
+        "Apache-2.0", _made(maker), role="target",
+    )  # fmt: skip
 
 
 def _text(domain: str, rule: str, description: str, name: str, kind: Kind = "choice") -> TaskEntry:
@@ -200,6 +208,10 @@ CATALOG: dict[str, TaskEntry] = {
         "choice", "customer messages", "classification", "a message to a shop -> its class (6)",
         "written for keepshot", "Apache-2.0", _written("support"), role="target", version=2,
         num_validation=300, test=_written("support-test"),
+    ),
+    "instructions": _instructions("an instruction -> its answer (30 kinds)", cuts.diverse),
+    "instructions-homogeneous": _instructions(
+        "words to sort -> sorted (the same number, one kind)", cuts.homogeneous
     ),
     "upper-case": _anchor("letter case", "a word -> in capitals", surface.upper_case),
     "repeat-words": _anchor("repetition", "two words -> the same twice", surface.repeat_words),

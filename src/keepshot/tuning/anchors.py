@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,10 +20,10 @@ from keepshot.errors import ConfigError
 from keepshot.models.loading import LanguageModel
 from keepshot.prompts import Example
 from keepshot.tasks.task import Task
-from keepshot.tuning.batch import Sample, pad, read_logits
-from keepshot.tuning.data import encode_demonstrations, slide_few_shot
-from keepshot.tuning.recipe import KL, Mix
-from keepshot.tuning.terms import Direction, kl_divergence
+from keepshot.tuning.batch import Sample, pad, read_logits, turn
+from keepshot.tuning.data import encode_demonstrations
+from keepshot.tuning.keep import EWC, KL
+from keepshot.tuning.terms import Direction, k3, kl_divergence, token_log_probs
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,8 @@ class AnchorPool:
 
     batches: tuple[tuple[Sample, ...], ...]
     log_probs: tuple[Tensor, ...]
-    """For each batch, (N, V) in float16, in the order of its samples' read positions."""
-
-    def at(self, step: int, seed: int) -> int:
-        """Return the number of the batch for a step: all of them in turn, shuffled each time."""
-        turn, place = divmod(step, len(self.batches))
-        return int(np.random.default_rng([seed, turn]).permutation(len(self.batches))[place])
+    """For each batch, (N, V) in float16, in the order of its samples' read positions; for k3 those
+    of the prompts' own tokens alone, (N) in float32."""
 
 
 @dataclass(frozen=True)
@@ -47,22 +43,28 @@ class AnchorKL:
     name: str
     weight: float
     pool: AnchorPool
-    direction: Direction
+    direction: Direction | Literal["k3"]
     seed: int
+
+    def weight_at(self, step: int) -> float:
+        """Return the term's factor in the loss, the same at every step."""
+        return self.weight
 
     def __call__(self, module: Any, step: int, head: Any) -> Tensor:
         """Return the divergence from the untuned model on this step's prompts, a scalar."""
-        number = self.pool.at(step, self.seed)
+        number = turn(len(self.pool.batches), step, self.seed)
         padded = pad(self.pool.batches[number])
         device = head.weight.device
         logits_NV = read_logits(module, padded.ids_BT.to(device), padded.read_N.to(device), head)
+        teacher = self.pool.log_probs[number].to(device)
+        if self.direction == "k3":
+            return k3(token_log_probs(logits_NV, padded.targets_N.to(device)), teacher)
         mask_N = torch.ones(len(logits_NV), dtype=torch.bool, device=device)
-        teacher_NV = self.pool.log_probs[number].to(device)
-        return kl_divergence(logits_NV, teacher_NV, mask_N, self.direction)
+        return kl_divergence(logits_NV, teacher, mask_N, self.direction)
 
 
 def draw_prompts(
-    model: LanguageModel, tasks: Sequence[Task], term: KL, *, max_length: int, seed: int
+    model: LanguageModel, tasks: Sequence[Task], term: KL | EWC, *, max_length: int, seed: int
 ) -> list[Sample]:
     """Draw `term.prompts` lists of worked examples, the tasks in turn, with varied shot counts.
 
@@ -73,19 +75,20 @@ def draw_prompts(
         ConfigError: if there is no task, or one of them cannot give a prompt of the fewest shots.
     """
     if not tasks:
-        raise ConfigError("the kl term has no anchor tasks; name some under `tasks`")
+        raise ConfigError(f"the {term.name} term has no anchor tasks; name some under `tasks`")
     generator = np.random.default_rng([seed, 17])
+    positions = term.positions if isinstance(term, KL) else "answers"
     fewest, most = term.shots
     samples: list[Sample] = []
     for number in range(term.prompts):
         task = tasks[number % len(tasks)]
-        examples = _examples(task)
+        examples = examples_of(task)
         shots = min(int(generator.integers(fewest, most + 1)), len(examples) - 1)
         order = generator.permutation(len(examples))
         sample, length = None, 0
         while shots >= fewest:
             shown = [examples[int(index)] for index in order[: shots + 1]]
-            sample = encode_demonstrations(model, task.template, shown, term.positions)
+            sample = encode_demonstrations(model, task.template, shown, positions)
             length = len(sample)
             if length <= max_length:
                 break
@@ -107,7 +110,8 @@ def cache_teacher(
 
     As many prompts are kept as fit `term.cache_mb`, at least one batch.
     """
-    kept = _within(samples, budget=term.cache_mb * 2**20, bytes_each=2 * _vocabulary(head))
+    each = 4 if term.direction == "k3" else 2 * _vocabulary(head)
+    kept = _within(samples, budget=term.cache_mb * 2**20, bytes_each=each)
     size = term.prompts_per_step
     kept = kept[: max(size, len(kept) // size * size)]
     ordered = sorted(kept, key=len)
@@ -120,36 +124,15 @@ def cache_teacher(
             logits_NV = read_logits(
                 model.module, padded.ids_BT.to(device), padded.read_N.to(device), head
             )
-            log_probs.append(functional.log_softmax(logits_NV.float(), dim=-1).half().cpu())
+            if term.direction == "k3":
+                log_probs.append(token_log_probs(logits_NV.cpu(), padded.targets_N))
+            else:
+                log_probs.append(functional.log_softmax(logits_NV.float(), dim=-1).half().cpu())
     return AnchorPool(batches, tuple(log_probs))
 
 
-def few_shot_samples(
-    model: LanguageModel, tasks: Sequence[Task], term: Mix, *, max_length: int, seed: int
-) -> list[Sample]:
-    """Build the ICL-format samples of a `mix` term from anchor tasks.
-
-    Raises:
-        ConfigError: if there is no task, or none of the samples is within `max_length` tokens.
-        TaskError: if a task has too few examples.
-    """
-    if not tasks:
-        raise ConfigError("the mix term has no anchor tasks; name some under `tasks`")
-    generator = np.random.default_rng([seed, 18])
-    samples = [
-        sample
-        for task in tasks
-        for sample in slide_few_shot(model, task.template, _examples(task), term.shots, generator)
-        if len(sample.ids) <= max_length
-    ]
-    if not samples:
-        raise ConfigError(
-            f"mix: no sample of {term.shots} shots is within {max_length} tokens; lower `shots`"
-        )
-    return samples
-
-
-def _examples(task: Task) -> tuple[Example, ...]:
+def examples_of(task: Task) -> tuple[Example, ...]:
+    """Return what prompts are drawn from: never what is measured."""
     return task.train + task.demonstrations
 
 

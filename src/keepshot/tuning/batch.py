@@ -116,6 +116,12 @@ def fingerprint(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()[:16]
 
 
+def turn(count: int, step: int, seed: int) -> int:
+    """Return which of `count` batches a step takes: all of them in turn, shuffled each time."""
+    number, place = divmod(step, count)
+    return int(np.random.default_rng([seed, number]).permutation(count)[place])
+
+
 @dataclass(frozen=True)
 class Source:
     """Samples that make up a share of each batch."""

@@ -140,10 +140,11 @@ def slide_few_shot(
     examples: Sequence[Example],
     shots: int,
     generator: np.random.Generator,
+    learned: Literal["last", "every"] = "last",
 ) -> list[Sample]:
     """Build few-shot samples by sliding a window over shuffled examples: `shots`, then a query.
 
-    Every example is the query once.
+    Every example is the query once. Its answer is learned, or every answer of the sample.
 
     Raises:
         TaskError: if there are no more examples than shots.
@@ -155,10 +156,20 @@ def slide_few_shot(
         )
     shuffled = [examples[int(index)] for index in generator.permutation(len(examples))]
     wrapped = shuffled + shuffled[:shots]
-    return [
-        encode_few_shot(model, template, wrapped[i : i + shots], wrapped[i + shots])
-        for i in range(len(shuffled))
-    ]
+    windows = [wrapped[i : i + shots + 1] for i in range(len(shuffled))]
+    return [encode_window(model, template, window, learned) for window in windows]
+
+
+def encode_window(
+    model: LanguageModel,
+    template: Template,
+    window: Sequence[Example],
+    learned: Literal["last", "every"],
+) -> Sample:
+    """Tokenise demonstrations and a query, of which the last answer or every answer is learned."""
+    if learned == "every":
+        return encode_demonstrations(model, template, window, "answers")
+    return encode_few_shot(model, template, window[:-1], window[-1])
 
 
 def hold_out(rows: Sequence[T], *, share: float, seed: int) -> tuple[list[T], list[T]]:

@@ -48,9 +48,8 @@ class StepTerm(Protocol):
         """Its name in records."""
         ...
 
-    @property
-    def weight(self) -> float:
-        """Its factor in the loss."""
+    def weight_at(self, step: int) -> float:
+        """Return its factor in the loss at a step."""
         ...
 
     def __call__(self, module: Any, step: int, head: Any) -> Tensor:
@@ -139,7 +138,7 @@ class _KeepTrainer(Trainer):
         for term in self.loop.terms:
             value = term(model, step, self.loop.head)
             row[term.name] = value.item()
-            loss = loss + term.weight * value
+            loss = loss + term.weight_at(step) * value
         self.latest = {"step": step + 1, "loss": loss.item(), **row}
         if not math.isfinite(self.latest["loss"]):
             self._fail(f"the loss is {self.latest['loss']} at step {step + 1}")

@@ -7,12 +7,13 @@ elsewhere, so nothing here asks which method or which term it is.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 
@@ -24,13 +25,26 @@ from keepshot.records import TrainingRecord, write_text
 from keepshot.tasks.catalog import is_path
 from keepshot.tasks.source import Row
 from keepshot.tasks.task import Task
-from keepshot.tuning.anchors import AnchorKL, cache_teacher, draw_prompts, few_shot_samples
-from keepshot.tuning.batch import Sample, Source, fingerprint, group, pad, read_logits
+from keepshot.tuning.anchors import AnchorKL, cache_teacher, draw_prompts
+from keepshot.tuning.batch import Sample, fingerprint, group, pad, read_logits
 from keepshot.tuning.data import Encoded, encode_rows
+from keepshot.tuning.distil import Rewritten, rewrite
+from keepshot.tuning.keep import EWC, KL, L2SP, FewShot, Mix, SelfDistil, TokenMask, find_term
 from keepshot.tuning.loop import StepTerm
+from keepshot.tuning.masking import Masked, mask_tokens
 from keepshot.tuning.method_specs import prompt_tokens
-from keepshot.tuning.methods import export
-from keepshot.tuning.recipe import KL, Mix, Recipe, find_term
+from keepshot.tuning.methods import Prepared, export
+from keepshot.tuning.mixture import (
+    Branch,
+    Mixture,
+    auxiliary_samples,
+    branch,
+    few_shot_samples,
+    given_tasks,
+    mix,
+)
+from keepshot.tuning.penalties import diagonal_fisher, few_shot_loss, pull_from_here
+from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.stages import Work, attach_prompts, run_stages, under_prompt
 from keepshot.tuning.terms import next_token
 
@@ -57,6 +71,14 @@ class TuneRecord:
     tokens: int
     """Tokens of the training samples that went through the model, the KL term's not counted."""
     seconds: float
+    num_masked_tokens: int = 0
+    """Answer tokens that an `stm` term left out of the loss, among different samples."""
+    num_masked_samples: int = 0
+    """Samples of which it left nothing."""
+    num_rewritten: int = 0
+    """Rows whose answer is the model's own wording, by a `self-distil` term."""
+    sources: tuple[Branch, ...] = ()
+    """What each step reads: a tree of sources with sizes and fingerprints."""
     losses: list[dict[str, float]] = field(default_factory=list)
     """One row a step: `step`, `loss`, and each of its parts before weighting."""
     validation_loss: float | None = None
@@ -84,6 +106,8 @@ class Extra:
     """How `{input, output}` rows are written."""
     general: Sequence[Row] = ()
     """The rows behind a `mix` term's `general_data`."""
+    origins: Sequence[tuple[str, int]] = ()
+    """Names of the data sets that the rows are from, and how many in turn; empty: one."""
     state_dir: Path | None = None
     """Where resume states are kept while training and looked for at the start; deleted at the end.
     None keeps none."""
@@ -95,9 +119,9 @@ class Tokenised:
 
     encoded: Encoded
     held_out: Encoded | None
-    sources: Sequence[Source]
-    prompts: Sequence[Sample]
-    """A KL term's; empty without one."""
+    mixture: Mixture
+    prompts: Mapping[str, Sequence[Sample]]
+    """Those of the terms that have their own, by the term's name."""
 
 
 def train(
@@ -135,13 +159,24 @@ def train(
     extra = extra or Extra()
     began = time.perf_counter()
     attach_prompts(recipe, model.module, [task_name(name) for name in recipe.data.split(",")])
-    data = tokenise(recipe, model, examples, anchors=anchors, validation=validation, extra=extra)
+    rewriting = find_term(recipe.keep, SelfDistil)
+    own = rewrite(model, examples, rewriting) if rewriting else Rewritten(list(examples), 0)
+    data = tokenise(recipe, model, own.rows, anchors=anchors, validation=validation, extra=extra)
     encoded, held_out = data.encoded, data.held_out
     recipe = recipe.resolved(len(encoded.samples))
     head: Any = model.module.get_output_embeddings()
-    terms = _terms(recipe, model, data.prompts, head)
+    masked = _masked(recipe, model, data, head)
+    terms = _before(recipe, model, data, head)
     # Gradients pass through a head that does not train, so its freezing by a method is harmless.
-    work = Work(recipe, model.module, data.sources, 1, lambda _: terms, head, extra.state_dir)
+    work = Work(
+        recipe,
+        model.module,
+        masked.sources,
+        data.mixture.num_target,
+        lambda prepared: [*terms, *_after(recipe, prepared, data, head)],
+        head,
+        extra.state_dir,
+    )
     done = run_stages(work, progress or Silent())
     prepared, losses = done.prepared, done.losses
     record = TuneRecord(
@@ -162,6 +197,10 @@ def train(
         data_fingerprint=fingerprint(encoded.samples),
         tokens=done.tokens,
         seconds=time.perf_counter() - began,
+        num_masked_tokens=masked.num_tokens,
+        num_masked_samples=masked.num_samples,
+        num_rewritten=own.num_rewritten,
+        sources=_tree(recipe, data),
         losses=losses,
         validation_loss=mean_loss(model, _prompted(model, held_out, recipe.data))
         if held_out
@@ -191,18 +230,39 @@ def tokenise(
     Raises:
         ConfigError, TaskError: as `train` does.
     """
-    encoded = _encode(recipe, model, examples, extra.template, recipe.data)
-    held_out = (
-        _encode(recipe, model, validation, extra.template, recipe.data) if validation else None
+    template, limit = extra.template, _limit(recipe, model)
+    parts = [
+        (name, _encode(recipe, model, rows, template, name))
+        for name, rows in _by_origin(recipe, examples, extra)
+    ]
+    encoded = Encoded(
+        tuple(sample for _, part in parts for sample in part.samples),
+        sum(part.num_dropped for _, part in parts),
     )
-    kl = find_term(recipe.keep, KL)
-    prompts: list[Sample] = []
-    if kl is not None:
-        limit = _limit(recipe, model)
-        prompts = draw_prompts(model, anchors, kl, max_length=limit, seed=recipe.seed)
-    return Tokenised(
-        encoded, held_out, _sources(recipe, model, encoded, anchors, extra), tuple(prompts)
-    )
+    held_out = _encode(recipe, model, validation, template, recipe.data) if validation else None
+    added = find_term(recipe.keep, Mix)
+    few_shot: list[tuple[str, list[Sample]]] = []
+    general: Sequence[Sample] = ()
+    if added is not None and added.icl_share > 0.0:
+        given = given_tasks(added, anchors, examples, template, recipe.data)
+        few_shot = few_shot_samples(model, added, given, max_length=limit, seed=recipe.seed)
+    if added is not None and added.general_share > 0.0:
+        if not extra.general:
+            raise ConfigError(f"mix: general_data {added.general_data!r} holds no rows")
+        source = str(added.general_data)
+        general = _encode(recipe, model, extra.general, template, source).samples
+    named = [(name, _prompted(model, part, name)) for name, part in parts]
+    prompts: dict[str, list[Sample]] = {}
+    for term in recipe.keep:
+        if isinstance(term, KL | EWC):
+            prompts[term.name] = draw_prompts(
+                model, anchors, term, max_length=limit, seed=recipe.seed
+            )
+        elif isinstance(term, FewShot):
+            prompts[term.name] = auxiliary_samples(
+                model, term, examples, template, max_length=limit, seed=recipe.seed
+            )
+    return Tokenised(encoded, held_out, mix(recipe, named, few_shot, general), prompts)
 
 
 def task_name(data: str) -> str:
@@ -251,52 +311,74 @@ def _encode(
     )
 
 
-def _sources(
-    recipe: Recipe,
-    model: LanguageModel,
-    encoded: Encoded,
-    anchors: Sequence[Task],
-    extra: Extra,
-) -> list[Source]:
-    """Divide each batch among the target's samples and those that a mix term adds."""
-    mix = find_term(recipe.keep, Mix)
-    target = _prompted(model, encoded, recipe.data)
-    if mix is None:
-        return [Source(target, recipe.batch_size)]
-    added: list[Source] = []
-    if mix.icl_share > 0.0:
-        samples = few_shot_samples(
-            model, anchors, mix, max_length=_limit(recipe, model), seed=recipe.seed
-        )
-        added.append(Source(tuple(samples), _count(mix.icl_share, recipe)))
-    if mix.general_share > 0.0:
-        if not extra.general:
-            raise ConfigError(f"mix: general_data {mix.general_data!r} holds no rows")
-        general = _encode(recipe, model, extra.general, extra.template, str(mix.general_data))
-        added.append(Source(general.samples, _count(mix.general_share, recipe)))
-    left = recipe.batch_size - sum(source.count for source in added)
-    if left < 1:
-        raise ConfigError(
-            f"batch_size {recipe.batch_size} leaves no room for the target beside the mix term; "
-            "raise it or lower the shares"
-        )
-    return [Source(target, left), *added]
-
-
 def _prompted(model: LanguageModel, encoded: Encoded, data: str) -> tuple[Sample, ...]:
     """Return the samples under the soft prompt that their task has, if it has one."""
     return under_prompt(encoded.samples, model.soft_prompt(task_name(data)))
 
 
-def _count(share: float, recipe: Recipe) -> int:
-    return max(1, round(share * recipe.batch_size))
+def _by_origin(
+    recipe: Recipe, examples: Sequence[Row], extra: Extra
+) -> list[tuple[str, Sequence[Row]]]:
+    """Return the rows of each data set that they are from."""
+    origins = extra.origins or ((recipe.data, len(examples)),)
+    assert sum(count for _, count in origins) == len(examples), "every row has an origin"
+    ends = list(itertools.accumulate(count for _, count in origins))
+    return [
+        (name, examples[end - count : end])
+        for (name, count), end in zip(origins, ends, strict=True)
+    ]  # fmt: skip
 
 
-def _terms(
-    recipe: Recipe, model: LanguageModel, prompts: Sequence[Sample], head: Any
-) -> list[StepTerm]:
-    kl = find_term(recipe.keep, KL)
-    if kl is None:
-        return []
-    pool = cache_teacher(model, prompts, kl, head=head)
-    return [AnchorKL(kl.name, kl.weight, pool, kl.direction, recipe.seed)]
+def _masked(recipe: Recipe, model: LanguageModel, data: Tokenised, head: Any) -> Masked:
+    """Return the sources of all batches, the target's masked if a term asks for it."""
+    term = find_term(recipe.keep, TokenMask)
+    sources, count = data.mixture.sources, data.mixture.num_target
+    if term is None:
+        return Masked(sources, 0, 0)
+    target = mask_tokens(model, sources[:count], term.threshold, head=head)
+    return dataclasses.replace(target, sources=(*target.sources, *sources[count:]))
+
+
+def _before(recipe: Recipe, model: LanguageModel, data: Tokenised, head: Any) -> list[StepTerm]:
+    """Return the terms that are made while the model is untouched."""
+    assert recipe.steps is not None
+    terms: list[StepTerm] = []
+    for term in recipe.keep:
+        match term:
+            case KL():
+                pool = cache_teacher(model, data.prompts[term.name], term, head=head)
+                terms.append(AnchorKL(term.name, term.weight, pool, term.direction, recipe.seed))
+            case FewShot():
+                prompts = data.prompts[term.name]
+                terms.append(few_shot_loss(term, prompts, recipe.steps, recipe.seed))
+            case Mix() | L2SP() | EWC() | TokenMask() | SelfDistil():
+                pass
+            case _:
+                assert_never(term)
+    return terms
+
+
+def _after(recipe: Recipe, prepared: Prepared, data: Tokenised, head: Any) -> list[StepTerm]:
+    """Return the terms that hold what trains to where it starts."""
+    terms: list[StepTerm] = []
+    for term in recipe.keep:
+        if isinstance(term, L2SP):
+            terms.append(pull_from_here(term.name, term.weight, prepared))
+        elif isinstance(term, EWC):
+            prompts = data.prompts[term.name]
+            importances = diagonal_fisher(prepared, prompts, head=head, seed=recipe.seed)
+            terms.append(pull_from_here(term.name, term.weight, prepared, importances))
+    return terms
+
+
+def _tree(recipe: Recipe, data: Tokenised) -> tuple[Branch, ...]:
+    """Return the tree of all that is read, the terms' prompts included."""
+    beside: list[Branch] = []
+    for term in recipe.keep:
+        if isinstance(term, KL | FewShot):
+            prompts = data.prompts[term.name]
+            name = f"{term.name} prompts (beside the batch)"
+            beside.append(branch(name, prompts, term.prompts_per_step))
+        elif isinstance(term, EWC):
+            beside.append(branch("ewc prompts (before the first step)", data.prompts["ewc"], 0))
+    return (*data.mixture.tree, *beside)

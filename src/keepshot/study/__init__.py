@@ -1,0 +1,1 @@
+"""Studies of many models: what to run, and what may be concluded from it."""
