@@ -6,14 +6,41 @@ Whoever adds a method, a keep term, a task or a family adds it here, and so to e
 from __future__ import annotations
 
 from keepshot.tuning.keep import EWC, KL, L2SP, FewShot, Mix, SelfDistil, TokenMask
-from keepshot.tuning.recipe import Full, LoRA, ValueOnly
+from keepshot.tuning.method_specs import (
+    AttentionOnly,
+    BiasOnly,
+    BottomFrozen,
+    Full,
+    LoRA,
+    ProMoT,
+    PromptTuning,
+    ValueOnly,
+)
 
-METHODS = [Full(), LoRA(rank=2), ValueOnly()]
+METHODS = [
+    Full(),
+    LoRA(rank=2),
+    LoRA(rank=2, targets="value"),
+    LoRA(rank=2, targets="query-value"),
+    LoRA(name="dora", rank=2),
+    LoRA(name="dora", rank=2, targets="value"),
+    LoRA(name="rslora", rank=2),
+    ValueOnly(),
+    AttentionOnly(name="query-key-only"),
+    AttentionOnly(),
+    BottomFrozen(blocks=1),
+    BiasOnly(),
+    PromptTuning(tokens=3),
+    ProMoT(tokens=3, prompt_steps=3),
+    ProMoT(tokens=3, prompt_steps=3, then=LoRA(rank=2)),
+    ProMoT(tokens=3, prompt="joint", then=ValueOnly()),
+]
 TERMS = [
     KL(prompts=8), Mix(), FewShot(shots=2, prompts_per_step=2), L2SP(), EWC(prompts=4),
     TokenMask(threshold=300.0), SelfDistil(max_new_tokens=8),
 ]  # fmt: skip
 FAMILIES = ["llama", "gpt2", "gpt_neox", "qwen2", "gemma3", "falcon"]
+WITH_BIASES = ["gpt2", "gpt_neox", "qwen2", "falcon"]
 TASKS = [
     "country-capital", "country-demonym", "country-continent", "english-french",
     "english-spanish", "past-tense", "plural", "comparative", "word-feeling",

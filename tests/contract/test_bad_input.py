@@ -31,8 +31,8 @@ from keepshot.assets import AssetStore
 from keepshot.models.loading import load, save
 from keepshot.records import Cost, ResultDocument, write_items
 from keepshot.tuning.anchors import AnchorKL
+from keepshot.tuning.method_specs import LoRA
 from keepshot.tuning.methods import export, prepare
-from keepshot.tuning.recipe import LoRA
 from pico import pico_model
 
 EARLY: list[tuple[str, str]] = [
@@ -89,6 +89,7 @@ EARLY: list[tuple[str, str]] = [
     ("measure base --dtype float23", "`dtype` = 'float23'"),
     ("measure base base", "'base' is named twice"),
     ("tune", "nothing to tune on"),
+    ("tune --model base --data colours.jsonl --method prompt-tuning --keep kl", "'kl' would reach"),
     ("blend base other", "--lambda"),
     ("blend base other --sweep 0:1", "0:1"),
     ("blend base other --lambda nan", "nan"),
@@ -156,6 +157,12 @@ LATE: list[tuple[str, str]] = [
     ("measure gpt2+unrecorded --tasks addition", "does not fit base 'gpt2'"),
     ("measure base+torn-adapter --tasks addition", "truncated safetensors"),
     ("measure short --tasks long.jsonl --shots 0", "task 'long.jsonl', 0 shots"),
+    ("tune --model base --data colours.jsonl --method bias-only", "named `bias`,\nand Llama"),
+    ("tune --model base --data colours.jsonl --set method.rank=33", "rank 33 is above"),
+    (
+        "tune --model base --data colours.jsonl --method bottom-frozen --set method.blocks=3",
+        "3 blocks are to be frozen and the model has 3",
+    ),
     ("tune --model short --data long.jsonl", "long.jsonl: row 'x"),
     ("tune --model short --data colours.jsonl", "gives no prompt of 2 demonstrations within 64"),
     (

@@ -13,10 +13,11 @@ from keepshot.errors import ModelError
 from keepshot.models.loading import LanguageModel, load
 from keepshot.prompts import Template
 from keepshot.tasks.catalog import load_task, resolve_tasks
+from keepshot.tuning.adapters import detach_
 from keepshot.tuning.data import encode_demonstrations, encode_few_shot
 from keepshot.tuning.keep import KL
-from keepshot.tuning.methods import detach_
-from keepshot.tuning.recipe import Full, LoRA, Recipe, ValueOnly
+from keepshot.tuning.method_specs import Full, LoRA, ValueOnly
+from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.train import train
 
 pytestmark = pytest.mark.real

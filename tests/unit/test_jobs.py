@@ -203,6 +203,38 @@ def test_tune_writes_an_adapter_that_measures(
     assert status("measure", "base", "tuned", "--tasks", "addition", "--limit", "3", "--json") == 0
 
 
+def test_promot_measures_its_task_under_the_prompt_and_others_without(workplace: Path) -> None:
+    sets = [f"method.{part}" for part in ("tokens=3", "prompt_steps=2", "prompt_learning_rate=1")]
+    options = [word for part in ("steps=2", *sets) for word in ("--set", part)]
+    arguments = ["--model", "base", "--data", "colours.jsonl", "--method", "promot"]
+    assert status("tune", *arguments, "--keep", "none", "--out", "tuned", *options) == 0
+    training = ResultDocument.read(workplace / "tuned").training[0]
+    assert [row["step"] for row in training.losses] == [1, 2, 3, 4]
+    asked = ["--tasks", "addition,colours.jsonl", "--shots", "0,2", "--limit", "3"]
+    assert status("measure", "tuned", "tuned/model", *asked, "--out", "seen") == 0
+    rows = {"tuned": [], "tuned/model": []}
+    for row in read_items(workplace / "seen/items.parquet"):
+        rows[row.arm].append((row.task, row.answer, row.log_likelihoods))
+    pairs = list(zip(rows["tuned"], rows["tuned/model"], strict=True))
+    assert all(one == other for one, other in pairs if one[0] == "addition")
+    assert all(one != other for one, other in pairs if one[0] == "colours.jsonl")
+
+
+def test_a_run_keeps_the_prompt_beside_its_adapter(workplace: Path) -> None:
+    method = {"name": "promot", "tokens": 3, "prompt_steps": 2, "then": {"name": "lora", "rank": 2}}
+    arms = {"kept": {"method": method, "learning_rate": 1e-3, "steps": 2, "batch_size": 4}}
+    recipe = {**RECIPE, "arms": arms, "blended": None}
+    (workplace / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    assert status("run", "recipe.yaml", "--out", "done") == 0
+    assert (workplace / "done/prompts/0/adapter_config.json").exists()
+    expected = [row for row in read_items(workplace / "done/items.parquet") if row.arm == "kept"]
+    task = ["--tasks", "addition", "--shots", "2", "--seeds", "2", "--limit", "6"]
+    assert status("measure", "done", *task, "--out", "again") == 0
+    found = read_items(workplace / "again/items.parquet")
+    expected = [row for row in expected if row.task == "addition" and row.shots == 2]
+    assert [row.answer for row in found] == [row.answer for row in expected]
+
+
 def test_tune_on_several_sets_with_embedded_instructions_prints_what_was_read(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

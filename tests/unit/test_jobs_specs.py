@@ -12,7 +12,7 @@ from keepshot.jobs.recipes import blend_spec, run_spec, shipped_recipe, tune_spe
 from keepshot.jobs.specs import parse_lambdas
 from keepshot.models.reference import HubModel, parse_reference
 from keepshot.tuning.keep import KL, find_term
-from keepshot.tuning.recipe import Full, LoRA
+from keepshot.tuning.method_specs import METHODS, BottomFrozen, Full, LoRA, ProMoT
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,26 @@ def test_tune_without_a_recipe_keeps_by_default() -> None:
     plain = tune_spec(None, {"data": "my.jsonl", "method": "full", "keep": "none"}, {}, []).recipe
     assert isinstance(plain.method, Full)
     assert plain.keep == ()
+
+
+def test_every_method_is_a_name_on_the_command_line_and_a_mapping_in_a_recipe() -> None:
+    for name in METHODS:
+        recipe = tune_spec(None, {"data": "my.jsonl", "method": name}, {}, []).recipe
+        assert recipe.method.name == name
+        assert bool(recipe.keep) == (name != "prompt-tuning")
+    sets = ["method.targets=value", "method.rank=8"]
+    narrow = tune_spec(None, {"data": "my.jsonl", "method": "dora"}, {}, sets).recipe
+    assert narrow.method == LoRA(name="dora", targets="value", rank=8)
+    sets = ["method.then.name=bottom-frozen", "method.then.share=0.25"]
+    staged = tune_spec(None, {"data": "my.jsonl", "method": "promot"}, {}, sets).recipe
+    assert staged.method == ProMoT(then=BottomFrozen(share=0.25))
+
+
+def test_a_plain_arm_under_a_soft_prompt_is_not_blended() -> None:
+    with pytest.raises(ConfigError, match="`plain` is tuned under a soft prompt"):
+        run_spec(None, {}, ["arms.plain.method.name=promot"])
+    spec = run_spec(None, {}, ["arms.plain.method.name=promot", "blended=null"])
+    assert isinstance(spec.arms["plain"].method, ProMoT)
 
 
 def test_blend_wants_one_lambda_or_a_path() -> None:

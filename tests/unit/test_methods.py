@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from cases import FAMILIES
 from keepshot.errors import ConfigError, ModelError, TrainingError
@@ -18,8 +21,10 @@ from keepshot.models.bases import check_base
 from keepshot.models.checkpoint import TensorReader
 from keepshot.models.loading import LanguageModel
 from keepshot.prompts import Example
-from keepshot.tuning.methods import detach_, export, prepare, seeded
-from keepshot.tuning.recipe import Full, LoRA, Recipe, ValueOnly
+from keepshot.tuning.adapters import detach_
+from keepshot.tuning.method_specs import BiasOnly, BottomFrozen, Full, LoRA, ValueOnly
+from keepshot.tuning.methods import export, prepare, seeded
+from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.train import train
 
 EXAMPLES = [Example(word, word[0].upper()) for word in ("apple", "berry", "cherry", "date")]
@@ -173,6 +178,86 @@ def test_a_second_adapter_is_refused(fresh_pico: Build):
     prepare(LoRA(rank=2), module, 0)
     with pytest.raises(ConfigError, match="carries an adapter already"):
         prepare(LoRA(rank=2), module, 0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_no_bias_to_train_says_what_there_is(family: str, fresh_pico: Build):
+    with pytest.raises(TrainingError) as error:
+        prepare(BiasOnly(), fresh_pico(family).module, 0)
+    lines = str(error.value).splitlines()
+    assert lines[0] == (
+        "method 'bias-only' finds nothing to train: it looked for parameters named `bias`,"
+    )
+    assert re.fullmatch(r"and \w+ForCausalLM has \d+ named `weight`; take another method", lines[1])
+
+
+def test_no_linear_layer_to_adapt_says_what_there_is():
+    class Bare(torch.nn.Module):
+        config = PretrainedConfig()
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = torch.nn.LayerNorm(4)
+
+        def get_output_embeddings(self) -> None:
+            return None
+
+    with pytest.raises(TrainingError) as error:
+        prepare(LoRA(rank=2), Bare(), 0)
+    assert "looked for layers of type Conv1D, Linear" in str(error.value)
+    assert "Bare has LayerNorm" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "rslora"])
+def test_a_rank_above_the_matrix_is_refused_and_leaves_no_layers(name: str, fresh_pico: Build):
+    model = fresh_pico("llama")
+    names, untuned = list(copied(model)), logits(model)
+    message = rf"{name}: rank 33 is above that of the matrix of model.layers.0.*; give at most 32"
+    with pytest.raises(ConfigError, match=message):
+        prepare(LoRA.model_validate({"name": name, "rank": 33}), model.module, 0)
+    assert list(copied(model)) == names
+    assert torch.equal(logits(model), untuned)
+    # The value matrix, 32 -> 16, has rank 16.
+    method = LoRA.model_validate({"name": name, "rank": 16, "targets": "value"})
+    assert prepare(method, model.module, 0).num_trainable >= 3 * 16 * (32 + 16)
+
+
+def test_the_scale_is_that_of_the_paper(fresh_pico: Build):
+    for name, scale in (("lora", 2.0), ("dora", 2.0), ("rslora", 4.0)):
+        method = LoRA.model_validate({"name": name, "rank": 4})
+        module = fresh_pico("llama").module
+        prepare(method, module, 0)
+        layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+        assert {layer.scaling["default"] for layer in layers} == {scale}
+        assert method.scale == scale
+
+
+def test_bottom_frozen_counts_blocks_or_takes_a_share(fresh_pico: Build):
+    assert BottomFrozen().num_frozen(30) == 15
+    assert BottomFrozen(share=0.9).num_frozen(4) == 3
+    assert BottomFrozen(share=0.1).num_frozen(3) == 1
+    assert BottomFrozen(blocks=2).num_frozen(3) == 2
+    with pytest.raises(ConfigError, match="3 blocks are to be frozen and the model has 3"):
+        prepare(BottomFrozen(blocks=3), fresh_pico("llama").module, 0)
+    with pytest.raises(ValueError, match="`blocks` and `share` say the same thing"):
+        BottomFrozen(blocks=1, share=0.5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frozen_blocks_take_no_part_in_the_backward_pass(family: str, fresh_pico: Build):
+    model = fresh_pico(family)
+    known = anatomy(model.module)
+    prepare(BottomFrozen(blocks=1), model.module, 0)
+    tracked: dict[str, bool] = {}
+    for block in known.blocks:
+        layer = model.module.get_submodule(block.name)
+        layer.register_forward_hook(
+            lambda _, args, out, name=block.name: tracked.update(
+                {name: (out[0] if isinstance(out, tuple) else out).requires_grad}
+            )
+        )
+    model.module(input_ids=IDS)
+    assert list(tracked.values()) == [False] + [True] * (len(known.blocks) - 1)
 
 
 def test_half_precision_weights_are_too_coarse_to_train(fresh_pico: Build):

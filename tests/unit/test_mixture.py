@@ -22,10 +22,11 @@ from keepshot.tuning.data import encode_few_shot
 from keepshot.tuning.distil import ASK, agrees, rewrite
 from keepshot.tuning.keep import EWC, KL, L2SP, FewShot, Mix, SelfDistil, TokenMask
 from keepshot.tuning.masking import mask_tokens
+from keepshot.tuning.method_specs import Full, LoRA, ValueOnly
 from keepshot.tuning.methods import prepare
 from keepshot.tuning.mixture import auxiliary_samples, few_shot_samples, lines, mix
 from keepshot.tuning.penalties import diagonal_fisher, few_shot_loss, pull_from_here
-from keepshot.tuning.recipe import Full, LoRA, Recipe, ValueOnly
+from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.symbols import SYMBOLS, symbol_windows
 from keepshot.tuning.terms import next_token
 from keepshot.tuning.train import Extra, train

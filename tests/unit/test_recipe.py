@@ -10,7 +10,8 @@ from keepshot.errors import ConfigError
 from keepshot.specs import Spec
 from keepshot.tuning import recipe as recipes
 from keepshot.tuning.keep import KL, TERMS, Mix, find_term, parse_keep
-from keepshot.tuning.recipe import METHODS, Full, LoRA, Recipe, ValueOnly, auto, parse_method
+from keepshot.tuning.method_specs import METHODS, Full, LoRA, ValueOnly, parse_method
+from keepshot.tuning.recipe import Recipe, auto
 
 
 def read(**content: Any) -> Recipe:
@@ -45,7 +46,7 @@ def test_steps_and_rate_are_filled_in():
     assert read(epochs=2.0, batch_size=8).resolved(100).steps == 25
     assert read(steps=7).resolved(100).steps == 7
     rates = [read(method={"name": name}).resolved(9).learning_rate for name in METHODS]
-    assert rates == [2e-5, 1e-3, 1e-4]
+    assert rates == [2e-5, 1e-3, 1e-3, 2.5e-4, 1e-4, 1e-4, 1e-4, 2e-5, 1e-3, 0.03, 2e-5]
     assert read(learning_rate=3e-4).resolved(9).learning_rate == 3e-4
 
 

@@ -22,7 +22,8 @@ from keepshot.tuning import loop
 from keepshot.tuning.anchors import AnchorKL, cache_teacher, draw_prompts
 from keepshot.tuning.batch import pad, read_logits
 from keepshot.tuning.keep import KL, Mix
-from keepshot.tuning.recipe import Full, LoRA, Recipe
+from keepshot.tuning.method_specs import Full, LoRA
+from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.terms import kl_divergence
 from keepshot.tuning.train import Extra, TuneRecord, train
 

@@ -16,6 +16,7 @@ from keepshot.jobs.specs import MeasureSpec, Measuring
 from keepshot.jobs.workspace import Workspace
 from keepshot.models.loading import identify, load, outline
 from keepshot.models.reference import parse_reference
+from keepshot.models.soft_prompts import attached
 from keepshot.progress import Progress, Silent
 from keepshot.prompts import TEMPLATES
 from keepshot.records import (
@@ -166,6 +167,8 @@ def _measure_one(
         dtype=spec.dtype,
         trust_remote_code=spec.trust_remote_code,
     )
+    if spec.server and attached(model.module):
+        raise ConfigError(f"model {reference!r} has a soft prompt, which --server cannot take")
     items = ledger.measured(str(number), model, [plan], arm=reference)
     follower.follow(f"{number}-instructions", model, arm=reference, engine=ledger.engine)
     record = model_record(model)

@@ -12,7 +12,8 @@ from keepshot.jobs.specs import BlendSpec, JudgeSpec, MeasureSpec, RunSpec, Tune
 from keepshot.specs import apply_overrides, read_yaml
 from keepshot.theory.document import TheorySpec
 from keepshot.tuning.keep import KEEP_TERMS
-from keepshot.tuning.recipe import Full, LoRA, Recipe, ValueOnly, auto
+from keepshot.tuning.method_specs import METHODS, describe_method
+from keepshot.tuning.recipe import Recipe, auto
 
 
 def shipped_recipe(name: str) -> Path:
@@ -133,9 +134,15 @@ def theory_spec(given: Mapping[str, Any], overrides: Sequence[str]) -> TheorySpe
 
 def describe() -> list[dict[str, str]]:
     """Return name, kind and one sentence for every tuning method and keep term."""
-    found = [("method", Full()), ("method", LoRA()), ("method", ValueOnly())]
-    terms = [("keep term", term) for term in KEEP_TERMS]
-    return [
-        {"name": spec.name, "kind": kind, "description": (spec.__doc__ or "").partition("\n")[0]}
-        for kind, spec in [*found, *terms]
+    methods = [
+        {"name": name, "kind": "method", "description": describe_method(name)} for name in METHODS
     ]
+    terms = [
+        {
+            "name": term.name,
+            "kind": "keep term",
+            "description": (term.__doc__ or "").partition("\n")[0],
+        }
+        for term in KEEP_TERMS
+    ]
+    return [*methods, *terms]

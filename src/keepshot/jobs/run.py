@@ -316,6 +316,9 @@ class _Run:
 
 
 def _move_adapter(workspace: Workspace) -> None:
-    trained: Path = workspace.part("kept") / "adapter"
-    if trained.exists():
-        trained.replace(workspace.path / "adapter")
+    trained: Path = workspace.part("kept")
+    if (trained / "adapter").exists():
+        # With the soft prompts that it was trained under, if there are any.
+        for kind in ("prompts", "adapter"):
+            if (trained / kind).exists():
+                (trained / kind).replace(workspace.path / kind)

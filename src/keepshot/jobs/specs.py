@@ -12,6 +12,7 @@ from keepshot.blending.rules import LambdaMap
 from keepshot.errors import ConfigError
 from keepshot.judging.policy import Policy
 from keepshot.specs import Spec
+from keepshot.tuning.method_specs import prompt_tokens
 from keepshot.tuning.recipe import Recipe
 
 TunedArm = Literal["plain", "gentle", "kept"]
@@ -227,6 +228,11 @@ class RunSpec(Where):
     def _check_blend(self) -> Self:
         if self.blended and "plain" not in self.arms:
             raise ValueError("`blended` needs the arm `plain`; add it, or set `blended: null`")
+        if self.blended and prompt_tokens(self.arms["plain"].method):
+            raise ValueError(
+                "`plain` is tuned under a soft prompt, which has no place between it and the base; "
+                "take another method, or set `blended: null`"
+            )
         return self
 
 

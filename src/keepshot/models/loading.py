@@ -50,6 +50,7 @@ from keepshot.models.reference import (
     read_json,
     refuse_pickles,
 )
+from keepshot.models.soft_prompts import attached, load_prompts_, own_prompt, prompts_beside
 from keepshot.records import building_directory
 
 DTYPES = {
@@ -78,6 +79,11 @@ class LanguageModel:
     path: Path
     num_parameters: int
     dtype: str
+
+    def soft_prompt(self, task: str) -> tuple[int, ...]:
+        """Return the token ids of the soft prompt that stands before texts of `task`, if any."""
+        prompts = attached(self.module)
+        return prompts.ids(task) if prompts else ()
 
     @property
     def device(self) -> torch.device:
@@ -185,15 +191,19 @@ def load(
     target = _check_device(str(device))
     if dtype not in DTYPES:
         raise ModelError(unknown("dtype", dtype, DTYPES, f"known: {', '.join(DTYPES)}"))
-    parsed = _inner(parse_reference(reference))
+    whole = parse_reference(reference)
+    parsed = _inner(whole)
     if isinstance(parsed, AdapterDirectory):
-        return _load_adapter(
+        model = _load_adapter(
             parsed, store, device=target, dtype=dtype, trust_remote_code=trust_remote_code
         )
-    path = locate(parsed, store, trust_remote_code=trust_remote_code)
-    return _load_directory(
-        reference, path, store, device=target, dtype=dtype, trust_remote_code=trust_remote_code
-    )
+    else:
+        path = locate(parsed, store, trust_remote_code=trust_remote_code)
+        model = _load_directory(
+            reference, path, store, device=target, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    load_prompts_(model.module, prompts_beside(whole))
+    return replace(model, sha256=_with_prompts(model.sha256, whole, store))
 
 
 def outline(reference: str, store: AssetStore, *, trust_remote_code: bool = False) -> LanguageModel:
@@ -206,11 +216,13 @@ def outline(reference: str, store: AssetStore, *, trust_remote_code: bool = Fals
         ModelError: as `load` does, for all that shows without the weights.
         AssetError: if an embedded model cannot be had.
     """
-    parsed = _inner(parse_reference(reference))
+    whole = parse_reference(reference)
+    parsed = _inner(whole)
     if isinstance(parsed, AdapterDirectory):
         TensorReader(parsed.path)
         base = outline(parsed.base, store, trust_remote_code=trust_remote_code)
         check_base(parsed.path, base.sha256, base.reference)
+        load_prompts_(base.module, prompts_beside(whole) or own_prompt(parsed.path))
         return replace(base, reference=reference, path=parsed.path)
     path = locate(parsed, store, trust_remote_code=trust_remote_code)
     TensorReader(path)
@@ -220,6 +232,7 @@ def outline(reference: str, store: AssetStore, *, trust_remote_code: bool = Fals
         with torch.device("meta"):
             module: Any = AutoModelForCausalLM.from_config(config, **options)
         tokenizer = _load_tokenizer(path, {"local_files_only": True, **options})
+    load_prompts_(module, prompts_beside(whole))
     return LanguageModel(
         reference=reference,
         module=module,
@@ -282,10 +295,20 @@ def save(model: LanguageModel, out_dir: Path, *, overwrite: bool = False) -> Non
 
 def identify(reference: str, store: AssetStore) -> str:
     """Return the sha256 that a model has once it is loaded, from its files alone."""
-    parsed = _inner(parse_reference(reference))
+    whole = parse_reference(reference)
+    parsed = _inner(whole)
     if isinstance(parsed, AdapterDirectory):
-        return joint_sha256(identify(parsed.base, store), directory_sha256(parsed.path, store))
-    return directory_sha256(locate(parsed, store), store)
+        own = directory_sha256(parsed.path, store)
+        sha256 = joint_sha256(identify(parsed.base, store), own)
+    else:
+        sha256 = directory_sha256(locate(parsed, store), store)
+    return _with_prompts(sha256, whole, store)
+
+
+def _with_prompts(sha256: str, reference: ModelReference, store: AssetStore) -> str:
+    for folder in prompts_beside(reference):
+        sha256 = joint_sha256(sha256, directory_sha256(folder, store))
+    return sha256
 
 
 def _inner(reference: ModelReference) -> ModelFiles | AdapterDirectory:
@@ -361,7 +384,9 @@ def _load_adapter(
     base = load(
         adapter.base, store, device=device, dtype=dtype, trust_remote_code=trust_remote_code
     )
-    merged = merge_adapter(base.module, adapter.path, base.reference)
+    own = own_prompt(adapter.path)
+    load_prompts_(base.module, own)
+    merged = base.module if own else merge_adapter(base.module, adapter.path, base.reference)
     return LanguageModel(
         reference=adapter.text,
         module=merged,

@@ -15,7 +15,19 @@ NAMES = {
     "kept": "keepshot's recipe",
     "blended": "the blend",
 }
-METHODS = {"full": "full fine-tuning", "lora": "LoRA", "value-only": "value matrices only"}
+METHODS = {
+    "full": "full fine-tuning",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "rslora": "rsLoRA",
+    "value-only": "value matrices only",
+    "query-key-only": "query and key matrices only",
+    "attention-only": "attention matrices only",
+    "bottom-frozen": "lowest blocks frozen",
+    "bias-only": "biases only",
+    "prompt-tuning": "a soft prompt only",
+    "promot": "ProMoT",
+}
 
 
 def score(value: float | None) -> str:

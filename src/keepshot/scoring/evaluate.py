@@ -96,7 +96,8 @@ def measure(
 
     Choice questions are judged by the log-likelihood of each choice: `correct` takes the plain sum,
     `correct_per_character` the sum divided by the number of characters. Exact ones are judged by
-    the text of greedy decoding. Two rates say how an answer fails:
+    the text of greedy decoding. Questions of a task that the model has a soft prompt for are asked
+    under it. Two rates say how an answer fails:
 
     * `format_failure`: the answer is no possible answer. It does not end, or: where the task has a
       closed set of answers (at most 32, each seen twice on average), it is none of them; where
@@ -158,9 +159,9 @@ def check_prompts(model: LanguageModel, plan: Plan) -> None:
     Raises:
         TaskError: as `measure` does.
     """
-    room = model.context_length - SPECIAL_TOKENS
     for asked, context in _contexts(plan):
         task, _, _, example = asked
+        room = model.context_length - SPECIAL_TOKENS - len(model.soft_prompt(task.name))
         answers = [
             task.template.continuation(a) for a in (example.output, *(example.choices or ()))
         ]
@@ -203,6 +204,8 @@ def _encode(
     where = f"task {task.name!r}, {shots} shots, question {example.input[:60]!r}"
     if not before or not after:
         raise TaskError(f"{where}: answer {answer!r} gives no token to score; mend or drop the row")
+    # A soft prompt is for the task it was trained on, and for no other.
+    before = [*model.soft_prompt(task.name), *before]
     excess = len(before) + len(after) - model.context_length
     if excess > 0:
         raise TaskError(

@@ -192,6 +192,11 @@ class _KeepTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """Create AdamW, with weight decay of partly trained parameters held to that part."""
         optimizer = super().create_optimizer(model)
+        for name, rate in self.loop.prepared.rates.items():
+            parameter = self.loop.prepared.parameters[name]
+            for others in optimizer.param_groups:
+                others["params"] = [p for p in others["params"] if p is not parameter]
+            optimizer.add_param_group({"params": [parameter], "lr": rate, "weight_decay": 0.0})
         if self.loop.recipe.weight_decay > 0.0:
             optimizer.register_step_pre_hook(self._decay_trained_part)
         return optimizer

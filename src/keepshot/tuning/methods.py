@@ -1,32 +1,45 @@
 """Which parameters of a live model train, and how the result is written.
 
-Methods change the module in place: full and value-only through `requires_grad` and gradient masks,
-LoRA by putting peft's layers into it. Knows nothing of data, losses or schedules.
+Methods change the module in place: most through `requires_grad` and gradient masks, LoRA by putting
+peft's layers into it, prompts by a lookup in the embedding layer. What is frozen at the bottom of
+a model gets no backward pass, because autograd stops where nothing below trains. Knows nothing of
+data, losses or schedules.
 """
 
 from __future__ import annotations
 
 import contextlib
 import random
-import warnings
-from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, assert_never
 
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
-from transformers.pytorch_utils import Conv1D
+from peft import PeftModel
+from torch import Tensor, nn
 
-from keepshot.errors import ConfigError, TrainingError
-from keepshot.models.anatomy import WeightSlice, anatomy
+from keepshot.errors import TrainingError
+from keepshot.models.anatomy import Role, WeightSlice, anatomy
 from keepshot.models.bases import record_base
 from keepshot.models.loading import LanguageModel, save
+from keepshot.models.soft_prompts import PROMPTS_DIR, attached, save_prompt
 from keepshot.records import building_directory
-from keepshot.tuning.recipe import Full, LoRA, ValueOnly
+from keepshot.tuning.adapters import adapt_, mark_rows
+from keepshot.tuning.method_specs import (
+    AttentionOnly,
+    BiasOnly,
+    BottomFrozen,
+    Full,
+    LoRA,
+    PromptTuning,
+    SingleStage,
+    ValueOnly,
+)
+
+Kind = Literal["model", "adapter", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +52,10 @@ class Prepared:
     """What trains, by its name in `module`."""
     masks: Mapping[str, Tensor]
     """For parameters that train in part: 1 where they do, broadcast over the parameter."""
-    export: Literal["model", "adapter"]
-    """The kind, and the name, of the directory that `export` writes."""
+    export: Kind
+    """What `export` writes: `model/`, `adapter/`, or a prompt as `adapter/`."""
+    rates: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Peak learning rates of parameters that have one of their own."""
 
     @property
     def num_trainable(self) -> int:
@@ -53,7 +68,7 @@ class Prepared:
         )
 
 
-def prepare(method: Full | LoRA | ValueOnly, module: Any, seed: int) -> Prepared:
+def prepare(method: SingleStage, module: Any, seed: int) -> Prepared:
     """Make `module` ready to train by a method, in place.
 
     Args:
@@ -70,14 +85,26 @@ def prepare(method: Full | LoRA | ValueOnly, module: Any, seed: int) -> Prepared
         case Full():
             module.requires_grad_(True)
             prepared = _gather(module, {}, "model")
-        case ValueOnly():
-            prepared = _prepare_values(module)
         case LoRA():
-            prepared = _prepare_lora(method, module, seed)
+            with seeded(seed):
+                wrapper, masks = adapt_(method, module)
+            prepared = _gather(wrapper, masks, "adapter")
+        case ValueOnly():
+            prepared = _prepare_slices(module, ("value",))
+        case AttentionOnly(name="query-key-only"):
+            prepared = _prepare_slices(module, ("query", "key"))
+        case AttentionOnly():
+            prepared = _prepare_slices(module, ("query", "key", "value", "output"))
+        case BottomFrozen():
+            prepared = _prepare_top(method, module)
+        case BiasOnly():
+            prepared = _prepare_biases(module)
+        case PromptTuning():
+            prepared = _prepare_prompt(module)
         case _:
             assert_never(method)
     if not prepared.parameters:
-        raise TrainingError(f"method {method.name!r} finds nothing to train in this model")
+        raise _nothing_found(method, module)
     coarse = sorted({str(p.dtype) for p in prepared.parameters.values()} - {"torch.float32"})
     if coarse:
         raise TrainingError(
@@ -108,6 +135,8 @@ def training(prepared: Prepared) -> Generator[None]:
 def export(prepared: Prepared, model: LanguageModel, out_dir: Path) -> Path:
     """Write what was trained to `out_dir/model` or `out_dir/adapter`, in safetensors.
 
+    A soft prompt that it was trained under lies beside it, in `out_dir/prompts/`.
+
     What an earlier start of the same run left there is replaced.
 
     Returns:
@@ -116,38 +145,36 @@ def export(prepared: Prepared, model: LanguageModel, out_dir: Path) -> Path:
     Raises:
         OutputError: if it cannot be written.
     """
-    place = out_dir / prepared.export
+    prompts = attached(model.module)
     match prepared.export:
         case "model":
+            place = out_dir / "model"
             save(model, place, overwrite=True)
         case "adapter":
-            wrapper: PeftModel = prepared.module
+            place = out_dir / "adapter"
+            within = prepared.module
+            wrapper: PeftModel = within.model if isinstance(within, _Prompted) else within
             with building_directory(place, overwrite=True) as folder:
                 wrapper.save_pretrained(str(folder), save_embedding_layers=False)
                 # peft's model card says nothing that its adapter_config.json does not.
                 (folder / "README.md").unlink(missing_ok=True)
                 record_base(folder, model.reference, model.sha256)
+        case "prompt":
+            assert prompts is not None
+            place = out_dir / "adapter"
+            with building_directory(place, overwrite=True) as folder:
+                save_prompt(prompts, prompts.tasks[0], folder, model.reference)
+                record_base(folder, model.reference, model.sha256)
+            if len(prompts.tasks) == 1:
+                return place
         case _:
             assert_never(prepared.export)
+    if prompts is not None:
+        with building_directory(out_dir / PROMPTS_DIR, overwrite=True) as folder:
+            for number, task in enumerate(prompts.tasks):
+                (folder / str(number)).mkdir()
+                save_prompt(prompts, task, folder / str(number), None)
     return place
-
-
-def detach_(module: Any, *, merge: bool) -> None:
-    """Take LoRA layers out of a module, in place.
-
-    Args:
-        module: what `prepare` was given.
-        merge: add the adapters to the weights first; otherwise the untuned model is back, bit for
-            bit.
-    """
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, BaseTunerLayer):
-                if merge:
-                    child.merge()
-                setattr(parent, name, child.get_base_layer())
-    if hasattr(module, "peft_config"):
-        del module.peft_config
 
 
 @contextlib.contextmanager
@@ -165,66 +192,89 @@ def seeded(seed: int) -> Generator[None]:
             np.random.set_state(states[1])
 
 
-def _gather(
-    module: Any, masks: Mapping[str, Tensor], kind: Literal["model", "adapter"]
-) -> Prepared:
+def _gather(module: Any, masks: Mapping[str, Tensor], kind: Kind) -> Prepared:
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     return Prepared(module, parameters, masks, kind)
 
 
-def _prepare_values(module: Any) -> Prepared:
-    values = [block.value for block in anatomy(module).blocks]
+def _prepare_slices(module: Any, roles: Sequence[Role | Literal["output"]]) -> Prepared:
+    """Let some of the attention's projections train, and in a fused one only their rows."""
+    parts: list[WeightSlice] = [
+        getattr(block, role) for block in anatomy(module).blocks for role in roles
+    ]
     parameters: dict[str, Tensor] = dict(module.named_parameters())
     module.requires_grad_(False)
     masks: dict[str, Tensor] = {}
-    for value in values:
-        for name in filter(None, (value.parameter, value.bias)):
-            parameters[name].requires_grad_(True)
-            if value.rows is not None:
-                masks[name] = _mask(value, parameters[name])
-    return _gather(module, masks, "model")
+    for part in parts:
+        for name in filter(None, (part.parameter, part.bias)):
+            parameter = parameters[name]
+            parameter.requires_grad_(True)
+            if part.rows is not None:
+                axis = 1 if part.transposed and parameter.ndim == 2 else 0
+                mask = mark_rows(part.rows, parameter, axis)
+                masks[name] = torch.maximum(mask, masks[name]) if name in masks else mask
+    return _gather(module, {name: m for name, m in masks.items() if not bool(m.all())}, "model")
 
 
-def _mask(value: WeightSlice, parameter: Tensor) -> Tensor:
-    """Mark the output features of a weight or bias that belong to the values."""
-    axis = 1 if value.transposed and parameter.ndim == 2 else 0
-    shape = [1] * parameter.ndim
-    shape[axis] = parameter.shape[axis]
-    marked = torch.zeros(parameter.shape[axis], device=parameter.device, dtype=parameter.dtype)
-    marked[value.rows] = 1.0
-    return marked.reshape(shape)
+def _prepare_top(method: BottomFrozen, module: Any) -> Prepared:
+    """Let what lies above the lowest blocks train; a head tied to the embeddings lies below."""
+    known = anatomy(module)
+    num_frozen = method.num_frozen(len(known.blocks))
+    above = tuple(f"{block.name}." for block in known.blocks[num_frozen:])
+    after = {*known.final_norm, *(() if known.tied else _of_layer(known.head))}
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name.startswith(above) or name in after)
+    return _gather(module, {}, "model")
 
 
-def _prepare_lora(method: LoRA, module: Any, seed: int) -> Prepared:
-    if any(isinstance(part, BaseTunerLayer) for part in module.modules()):
-        raise ConfigError("the model carries an adapter already; merge it first, or name its base")
-    targets = _lora_targets(method, module)
-    layers = dict(module.named_modules())
-    matched = layers.values() if isinstance(targets, str) else [layers[name] for name in targets]
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=method.rank,
-        lora_alpha=method.alpha,
-        lora_dropout=method.dropout,
-        target_modules=targets,
-        # peft would set this by itself for transposed weights, but with a warning.
-        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in matched),
+def _of_layer(weight: str) -> tuple[str, str]:
+    return weight, f"{weight.rpartition('.')[0]}.bias"
+
+
+def _prepare_biases(module: Any) -> Prepared:
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name.rpartition(".")[2] == "bias")
+    return _gather(module, {}, "model")
+
+
+def _nothing_found(method: SingleStage, module: Any) -> TrainingError:
+    """Say what was looked for, and what there is."""
+    names = Counter(name.rpartition(".")[2] for name, _ in module.named_parameters())
+    there = ", ".join(f"{count} named `{name}`" for name, count in names.most_common(6))
+    looked = "parameters named `bias`" if isinstance(method, BiasOnly) else "parameters"
+    return TrainingError(
+        f"method {method.name!r} finds nothing to train: it looked for {looked},\n"
+        f"and {type(module).__name__} has {there or 'none'}; take another method"
     )
+
+
+class _Prompted(nn.Module):
+    """A model with its soft prompts as one more parameter, for the optimiser to find."""
+
+    def __init__(self, module: Any, table: nn.Parameter) -> None:
+        super().__init__()
+        self.model = module
+        self.prompt = table
+        self.config = module.config
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
+
+
+def _prepare_prompt(module: Any) -> Prepared:
+    prompts = attached(module)
+    assert prompts is not None, "prompts are attached before they are trained"
     module.requires_grad_(False)
-    with seeded(seed), warnings.catch_warnings():
-        # peft 0.21 asks for a property that transformers 5.23 renamed.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        wrapper = get_peft_model(module, config)
-    return _gather(wrapper, {}, "adapter")
+    prompts.table.requires_grad_(True)
+    return _gather(_Prompted(module, prompts.table), {}, "prompt")
 
 
-def _lora_targets(method: LoRA, module: Any) -> str | list[str]:
-    match method.targets:
-        case "all-linear":
-            return "all-linear"
-        case "query-value":
-            blocks = anatomy(module).blocks
-            slices = [part for block in blocks for part in (block.query, block.value)]
-            return sorted({part.module for part in slices})
-        case _:
-            assert_never(method.targets)
+def with_prompt(prepared: Prepared, module: Any, rate: float) -> Prepared:
+    """Let the module's soft prompts train beside what was prepared, at a rate of their own."""
+    prompts = attached(module)
+    assert prompts is not None, "prompts are attached before they are trained"
+    prompts.table.requires_grad_(True)
+    wrapper = _Prompted(prepared.module, prompts.table)
+    renamed = {f"model.{name}": mask for name, mask in prepared.masks.items()}
+    joint = _gather(wrapper, renamed, prepared.export)
+    return replace(joint, rates={"prompt": rate})

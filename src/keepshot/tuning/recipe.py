@@ -6,50 +6,19 @@ Knows no torch and no model. Defaults follow what was measured on small instruct
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self, assert_never
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from keepshot.errors import ConfigError, unknown
 from keepshot.specs import Spec
-from keepshot.tuning.keep import Term, check_terms, parse_keep
-
-
-class Full(Spec):
-    """Every parameter trains."""
-
-    name: Literal["full"] = "full"
-    """Tag of this method."""
-
-
-class LoRA(Spec):
-    """Low-rank adapters beside frozen weights (arXiv 2106.09685), scaled by alpha / rank = 2."""
-
-    name: Literal["lora"] = "lora"
-    """Tag of this method."""
-    rank: PositiveInt = 16
-    """Rank of each adapter; `alpha` is twice this."""
-    targets: Literal["query-value", "all-linear"] = "all-linear"
-    """Which linear layers get an adapter. The output head never does; in a fused qkv layer
-    `query-value` adapts the whole of it."""
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Dropout in front of each adapter."""
-
-    @property
-    def alpha(self) -> int:
-        """Numerator of the adapter's scale."""
-        return 2 * self.rank
-
-
-class ValueOnly(Spec):
-    """Full-rank training of the attention's value projections alone (arXiv 2602.23197)."""
-
-    name: Literal["value-only"] = "value-only"
-    """Tag of this method."""
-
-
-Method = Annotated[Full | LoRA | ValueOnly, Field(discriminator="name")]
-METHODS: tuple[str, ...] = ("full", "lora", "value-only")
+from keepshot.tuning.keep import SelfDistil, Term, TokenMask, check_terms, parse_keep
+from keepshot.tuning.method_specs import (
+    LoRA,
+    Method,
+    PromptTuning,
+    default_learning_rate,
+    parse_method,
+)
 
 
 class Recipe(Spec):
@@ -96,6 +65,13 @@ class Recipe(Spec):
     @model_validator(mode="after")
     def _check_terms(self) -> Self:
         check_terms(self.keep)
+        # Masked or rewritten answers are of the target itself, which is read under the prompt.
+        other = [term.name for term in self.keep if not isinstance(term, TokenMask | SelfDistil)]
+        if other and isinstance(self.method, PromptTuning):
+            raise ValueError(
+                f"term {other[0]!r} would reach nothing that trains: prompt-tuning leaves the "
+                "model as it is, and other tasks do not see the prompt; leave the terms out"
+            )
         if self.data_shares is not None and abs(sum(self.data_shares) - 1.0) > 1e-6:
             raise ValueError(
                 f"data_shares {list(self.data_shares)} add up to {sum(self.data_shares):g}, not 1"
@@ -107,32 +83,6 @@ class Recipe(Spec):
         rate = self.learning_rate or default_learning_rate(self.method)
         steps = self.steps or max(1, round(self.epochs * num_rows / self.batch_size))
         return self.model_copy(update={"learning_rate": rate, "steps": steps})
-
-
-def default_learning_rate(method: Full | LoRA | ValueOnly) -> float:
-    """Return the peak learning rate at which a method reaches its target within some 60 steps."""
-    match method:
-        case Full():
-            return 2e-5
-        case LoRA():
-            return 1e-3
-        case ValueOnly():
-            return 1e-4
-        case _:
-            assert_never(method)
-
-
-def parse_method(text: str) -> Full | LoRA | ValueOnly:
-    """Return the method that `--method` names, with its defaults.
-
-    Raises:
-        ConfigError: if there is no such method.
-    """
-    for method in (Full(), LoRA(), ValueOnly()):
-        if method.name == text:
-            return method
-    listing = f"methods are {', '.join(METHODS)}"
-    raise ConfigError(unknown("method", text, METHODS, listing))
 
 
 def auto(data: str, *, model: str, keep: str = "auto", method: str | None = None) -> Recipe:
@@ -148,4 +98,6 @@ def auto(data: str, *, model: str, keep: str = "auto", method: str | None = None
         ConfigError: if the method or a term is unknown.
     """
     chosen = LoRA() if method is None else parse_method(method)
+    if keep == "auto" and isinstance(chosen, PromptTuning):
+        keep = "none"  # the model itself does not change
     return Recipe(model=model, data=data, method=chosen, keep=parse_keep(keep))

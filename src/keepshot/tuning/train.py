@@ -17,21 +17,23 @@ from typing import Any, assert_never
 
 import torch
 
-from keepshot.errors import ConfigError, TrainingError
+from keepshot.errors import ConfigError
 from keepshot.models.loading import LanguageModel
 from keepshot.progress import Progress, Silent
 from keepshot.prompts import Template
 from keepshot.records import TrainingRecord, write_text
+from keepshot.tasks.catalog import is_path
 from keepshot.tasks.source import Row
 from keepshot.tasks.task import Task
 from keepshot.tuning.anchors import AnchorKL, cache_teacher, draw_prompts
-from keepshot.tuning.batch import Sample, fingerprint, group, pad, read_logits, schedule
+from keepshot.tuning.batch import Sample, fingerprint, group, pad, read_logits
 from keepshot.tuning.data import Encoded, encode_rows
 from keepshot.tuning.distil import Rewritten, rewrite
 from keepshot.tuning.keep import EWC, KL, L2SP, FewShot, Mix, SelfDistil, TokenMask, find_term
-from keepshot.tuning.loop import Loop, StepTerm, run
+from keepshot.tuning.loop import StepTerm
 from keepshot.tuning.masking import Masked, mask_tokens
-from keepshot.tuning.methods import Prepared, export, prepare, seeded
+from keepshot.tuning.method_specs import prompt_tokens
+from keepshot.tuning.methods import Prepared, export
 from keepshot.tuning.mixture import (
     Branch,
     Mixture,
@@ -43,6 +45,7 @@ from keepshot.tuning.mixture import (
 )
 from keepshot.tuning.penalties import diagonal_fisher, few_shot_loss, pull_from_here
 from keepshot.tuning.recipe import Recipe
+from keepshot.tuning.stages import Work, attach_prompts, run_stages, under_prompt
 from keepshot.tuning.terms import next_token
 
 
@@ -155,27 +158,27 @@ def train(
     """
     extra = extra or Extra()
     began = time.perf_counter()
+    attach_prompts(recipe, model.module, [task_name(name) for name in recipe.data.split(",")])
     rewriting = find_term(recipe.keep, SelfDistil)
     own = rewrite(model, examples, rewriting) if rewriting else Rewritten(list(examples), 0)
     data = tokenise(recipe, model, own.rows, anchors=anchors, validation=validation, extra=extra)
     encoded, held_out = data.encoded, data.held_out
     recipe = recipe.resolved(len(encoded.samples))
-    assert recipe.steps is not None
     head: Any = model.module.get_output_embeddings()
     masked = _masked(recipe, model, data, head)
-    samples = schedule(masked.sources, recipe.steps, recipe.seed)
     terms = _before(recipe, model, data, head)
     # Gradients pass through a head that does not train, so its freezing by a method is harmless.
-    prepared = prepare(recipe.method, model.module, recipe.seed)
-    terms += _after(recipe, prepared, data, head)
-    loop = Loop(recipe, prepared, samples, terms, head, extra.state_dir)
-    failure: TrainingError | None = None
-    losses: list[dict[str, float]] = []
-    with seeded(recipe.seed):
-        try:
-            run(loop, losses, progress or Silent())
-        except TrainingError as error:
-            failure = error
+    work = Work(
+        recipe,
+        model.module,
+        masked.sources,
+        data.mixture.num_target,
+        lambda prepared: [*terms, *_after(recipe, prepared, data, head)],
+        head,
+        extra.state_dir,
+    )
+    done = run_stages(work, progress or Silent())
+    prepared, losses = done.prepared, done.losses
     record = TuneRecord(
         recipe=recipe.model_dump(mode="json"),
         recipe_fingerprint=recipe.fingerprint(),
@@ -192,20 +195,22 @@ def train(
         num_dropped=encoded.num_dropped,
         num_validation=len(held_out.samples) if held_out else 0,
         data_fingerprint=fingerprint(encoded.samples),
-        tokens=sum(len(sample) for sample in samples),
+        tokens=done.tokens,
         seconds=time.perf_counter() - began,
         num_masked_tokens=masked.num_tokens,
         num_masked_samples=masked.num_samples,
         num_rewritten=own.num_rewritten,
         sources=_tree(recipe, data),
         losses=losses,
-        validation_loss=mean_loss(model, held_out.samples) if held_out else None,
+        validation_loss=mean_loss(model, _prompted(model, held_out, recipe.data))
+        if held_out
+        else None,
     )
     if out_dir is not None and losses:
         export(prepared, model, out_dir)
         write_text(json.dumps(dataclasses.asdict(record), indent=1) + "\n", out_dir / "tuning.json")
-    if failure is not None:
-        raise failure
+    if done.failure is not None:
+        raise done.failure
     return record
 
 
@@ -246,7 +251,7 @@ def tokenise(
             raise ConfigError(f"mix: general_data {added.general_data!r} holds no rows")
         source = str(added.general_data)
         general = _encode(recipe, model, extra.general, template, source).samples
-    named = [(name, part.samples) for name, part in parts]
+    named = [(name, _prompted(model, part, name)) for name, part in parts]
     prompts: dict[str, list[Sample]] = {}
     for term in recipe.keep:
         if isinstance(term, KL | EWC):
@@ -258,6 +263,11 @@ def tokenise(
                 model, term, examples, template, max_length=limit, seed=recipe.seed
             )
     return Tokenised(encoded, held_out, mix(recipe, named, few_shot, general), prompts)
+
+
+def task_name(data: str) -> str:
+    """Return the name that a recipe's data have as a task: a file's is its own name."""
+    return Path(data.strip()).name if is_path(data.strip()) else data.strip()
 
 
 def mean_loss(model: LanguageModel, samples: Sequence[Sample], batch_size: int = 16) -> float:
@@ -278,11 +288,12 @@ def mean_loss(model: LanguageModel, samples: Sequence[Sample], batch_size: int =
 
 def _limit(recipe: Recipe, model: LanguageModel) -> int:
     """Return the longest sample allowed, in tokens."""
-    context = model.context_length
+    soft = prompt_tokens(recipe.method)
+    context = model.context_length - soft
     if recipe.max_length is not None and recipe.max_length > context:
         raise ConfigError(
             f"max_length {recipe.max_length} is more than the context of {model.reference!r}, "
-            f"{context} tokens; lower it or leave it out"
+            f"{context} tokens{' after the soft prompt' if soft else ''}; lower it or leave it out"
         )
     return recipe.max_length or context
 
@@ -298,6 +309,11 @@ def _encode(
         long_rows=recipe.long_rows,
         source=source,
     )
+
+
+def _prompted(model: LanguageModel, encoded: Encoded, data: str) -> tuple[Sample, ...]:
+    """Return the samples under the soft prompt that their task has, if it has one."""
+    return under_prompt(encoded.samples, model.soft_prompt(task_name(data)))
 
 
 def _by_origin(
