@@ -5,6 +5,7 @@ Like `cli`, it imports inside functions, so that nobody waits for torch who does
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
 
 def write_blend(spec: Any, out: Path, store: AssetStore, overwrite: bool, as_json: bool) -> None:
     """Write one lambda; torch is loaded only for what needs it, which is most of the time."""
-    from keepshot.jobs.write import needs_anatomy, write_one
+    from keepshot.jobs.write import Means, needs_anatomy, write_one
 
     def locate(reference: Any) -> Path:
         from keepshot.models.loading import locate as locate_model
 
         return locate_model(reference, store, trust_remote_code=spec.trust_remote_code)
 
-    check = rule = None
+    check = rule = place = None
     if spec.check:
         from keepshot.jobs.check import loads_and_generates
 
@@ -38,10 +39,15 @@ def write_blend(spec: Any, out: Path, store: AssetStore, overwrite: bool, as_jso
         from keepshot.jobs.rules import rule_for
 
         rule = rule_for(spec, locate)
-    with working(as_json) as screen:
-        models, watch = (locate, store), (check, screen)
-        record = write_one(spec, out, models, watch, overwrite=overwrite, rule=rule)
-        for note in record.notes:
+    with working(as_json) as screen, contextlib.ExitStack() as stack:
+        notes: list[str] = []
+        if spec.reduce is not None:
+            from keepshot.jobs.reduce import reduced
+
+            place, notes = stack.enter_context(reduced(spec, locate, out, screen))
+        means = Means(locate, store, check, screen, place)
+        record = write_one(spec, out, means, overwrite=overwrite, rule=rule)
+        for note in (*notes, *record.notes):
             screen.note(note)
     if as_json:
         print_json({"schema": 1, "directory": str(out), "blend": record.as_dict()})

@@ -258,6 +258,28 @@ def test_tune_on_several_sets_with_embedded_instructions_prints_what_was_read(
         assert source["fingerprint"] in printed
 
 
+def test_a_difference_is_made_smaller_before_it_is_blended(workplace: Path) -> None:
+    place = workplace / "new"
+    blend = ("blend", "base", "other", "--lambda", "0.5", "--out", "new", "--overwrite")
+    assert status(*blend, "--set", "reduce=prune:0.25") == 0
+    assert json.loads((place / "keepshot.json").read_text("utf-8"))["tuned"] == "other, prune:0.25"
+    with (
+        TensorReader(place) as new,
+        TensorReader(workplace / "base") as base,
+        TensorReader(workplace / "other") as other,
+    ):
+        name = next(name for name in base.names if "up_proj" in name)
+        before, after, found = (reader.read(name) for reader in (base, other, new))
+    changed = found != before
+    assert int(changed.sum()) == round(0.25 * before.numel())
+    assert torch.allclose(found[changed], ((before + after) / 2)[changed], atol=1e-6)
+    assert status(*blend, "--set", "reduce=lore:0.5") == 0
+    factors = TensorReader(place)
+    assert all(".lora_" in name for name in factors.names)
+    assert status("measure", "new", "--tasks", "addition", "--limit", "2", "--seeds", "1") == 0
+    assert [path.name for path in workplace.iterdir() if path.name.startswith(".new")] == []
+
+
 def test_blend_writes_one_point_and_sweeps_a_path(
     workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from keepshot.blending.rules import LambdaMap
-from keepshot.errors import ConfigError
+from keepshot.errors import ConfigError, unknown
 from keepshot.judging.policy import Policy
 from keepshot.specs import Spec
 from keepshot.tuning.method_specs import prompt_tokens
@@ -17,6 +17,8 @@ from keepshot.tuning.recipe import Recipe
 
 TunedArm = Literal["plain", "gentle", "kept"]
 ARMS: tuple[TunedArm, ...] = get_args(TunedArm)
+Reduction = Literal["lore", "prune", "shrink-intruders"]
+REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 MAX_LAMBDAS = 1001
 
 
@@ -165,6 +167,10 @@ class BlendSpec(Where):
     """A further model tuned from the same base (RE-Adapt); `lam` counts for the first."""
     beta: float = Field(default=1.0, allow_inf_nan=False)
     """How much of the further model's difference is added."""
+    reduce: str | None = None
+    """Make the difference smaller first: `lore:0.5` (truncated SVD that explains this share, as an
+    adapter; arXiv 2405.15007), `prune:0.1` (this share of all changes; arXiv 2509.08255) or
+    `shrink-intruders:0.5` (factor on intruding directions; arXiv 2410.21228)."""
     rule: LambdaMap | None = None
     """Factors on lambda by block or kind of module; 1 for what the rule does not name."""
     check: bool = True
@@ -178,6 +184,12 @@ class BlendSpec(Where):
             )
         if self.second is not None and self.sweep is not None:
             raise ValueError("`second` can be added at one --lambda, not along a --sweep")
+        if self.reduce is not None:
+            parse_reduction(self.reduce)
+            if self.sweep is not None:
+                raise ValueError(
+                    "`reduce` works at one --lambda; write it with --lambda 1, then --sweep that"
+                )
         return self
 
 
@@ -234,6 +246,28 @@ class RunSpec(Where):
                 "take another method, or set `blended: null`"
             )
         return self
+
+
+def parse_reduction(text: str) -> tuple[Reduction, float]:
+    """Read `NAME:SHARE`, such as `lore:0.5`.
+
+    Raises:
+        ConfigError: if there is no such reduction, or the share is not above 0 and at most 1.
+    """
+    name, _, share = text.partition(":")
+    kind: Reduction | None = next((known for known in REDUCTIONS if known == name), None)
+    if kind is None:
+        listing = f"expected {', '.join(f'{known}:0.5' for known in REDUCTIONS)}"
+        raise ConfigError(unknown("reduction", text, REDUCTIONS, listing))
+    try:
+        number = float(share)
+    except ValueError:
+        number = float("nan")
+    if not 0.0 < number <= 1.0:
+        raise ConfigError(
+            f"reduction {text!r}: expected a number above 0 and at most 1 after {name}:"
+        )
+    return kind, number
 
 
 def parse_lambdas(text: str) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ Where the models lie is found by the caller's `locate`, because a conversion fro
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from keepshot.assets import AssetStore
@@ -29,6 +30,20 @@ from keepshot.models.reference import (
 from keepshot.progress import Progress
 
 Locate = Callable[[Embedded | HubModel | LocalDirectory | GGUFFile], Path]
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a write is done with."""
+
+    locate: Locate
+    """Finds the directory of a reference."""
+    store: AssetStore
+    check: Check | None
+    """Called on what was written."""
+    progress: Progress
+    reduced: Path | None = None
+    """What takes the place of the tuned model's files, if its difference was made smaller."""
 
 
 def needs_anatomy(spec: BlendSpec) -> bool:
@@ -64,7 +79,11 @@ def writing(spec: BlendSpec, locate: Locate, *, overwrite: bool = False) -> Writ
         one_sided=spec.one_sided,
         second=second,
         hash_files=spec.check,
-        names=(spec.base, spec.tuned, *([spec.second] if spec.second else [])),
+        names=(
+            spec.base,
+            f"{spec.tuned}, {spec.reduce}" if spec.reduce else spec.tuned,
+            *([spec.second] if spec.second else []),
+        ),
         overwrite=overwrite,
     )
 
@@ -72,8 +91,7 @@ def writing(spec: BlendSpec, locate: Locate, *, overwrite: bool = False) -> Writ
 def write_one(
     spec: BlendSpec,
     out_dir: Path,
-    models: tuple[Locate, AssetStore],
-    watch: tuple[Check | None, Progress],
+    means: Means,
     *,
     overwrite: bool = False,
     rule: LambdaRule | None = None,
@@ -84,17 +102,17 @@ def write_one(
         UserError: before anything is written, wherever the fault can be seen by then.
     """
     assert spec.lam is not None
-    locate, store = models
-    base, tuned = find(spec.base, locate), find(spec.tuned, locate)
+    base = find(spec.base, means.locate)
+    tuned = means.reduced or find(spec.tuned, means.locate)
     if is_adapter(base):
         raise ModelError(f"{base}: is an adapter; base must be a whole model")
-    if is_adapter(tuned) and spec.check:
-        check_base(tuned, directory_sha256(base, store), spec.base)
+    if is_adapter(tuned) and spec.check and not means.reduced:
+        check_base(tuned, directory_sha256(base, means.store), spec.base)
     return write(
         base,
         tuned,
         spec.lam if rule is None else rule,
         out_dir,
-        writing(spec, locate, overwrite=overwrite),
-        Watch(*watch),
+        writing(spec, means.locate, overwrite=overwrite),
+        Watch(means.check, means.progress),
     )

@@ -1,0 +1,60 @@
+"""A tuned model with its difference from the base made smaller, to be blended as any other."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import assert_never
+
+from keepshot.blending.deltas import prune, shrink_intruders
+from keepshot.blending.reshape import write_changed, write_lore
+from keepshot.errors import ModelError
+from keepshot.jobs.specs import BlendSpec, parse_reduction
+from keepshot.jobs.write import Locate, find
+from keepshot.models.bases import is_adapter
+from keepshot.progress import Progress
+
+
+@contextmanager
+def reduced(
+    spec: BlendSpec, locate: Locate, out_dir: Path, progress: Progress
+) -> Generator[tuple[Path, list[str]]]:
+    """Yield the reduced tuned model, which exists while the block runs, and notes.
+
+    Args:
+        spec: has a `reduce`.
+        locate: finds the directory of a reference.
+        out_dir: where the blend will lie; what is made on the way lies beside it.
+        progress: told of the stage.
+
+    Raises:
+        ModelError: if either side is an adapter, or the two do not fit.
+    """
+    assert spec.reduce is not None
+    kind, share = parse_reduction(spec.reduce)
+    base, tuned = find(spec.base, locate), find(spec.tuned, locate)
+    for path in (base, tuned):
+        if is_adapter(path):
+            raise ModelError(f"{path}: is an adapter; merge it into its base to reduce it")
+    progress.stage(f"reducing the difference ({spec.reduce})")
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}.") as name:
+        place = Path(name) / "reduced"
+        notes: list[str] = []
+        match kind:
+            case "lore":
+                report = write_lore(base, tuned, share, place)
+                notes = [
+                    f"the adapter reproduces {report.explained:.3f} of the squared difference; "
+                    f"{len(report.left_out)} tensors that no LoRA matrix can say are the base's"
+                ]
+            case "prune":
+                write_changed(base, tuned, partial(prune, share=share), place)
+            case "shrink-intruders":
+                write_changed(base, tuned, partial(shrink_intruders, factor=share), place)
+            case _:
+                assert_never(kind)
+        yield place, notes
