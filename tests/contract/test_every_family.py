@@ -15,7 +15,7 @@ from keepshot.models.anatomy import anatomy
 from keepshot.models.loading import LanguageModel, load, outline, save
 from keepshot.scoring.evaluate import Plan, check_prompts, measure
 from keepshot.tasks.catalog import CATALOG, load_task
-from keepshot.tuning import method_specs, recipe
+from keepshot.tuning import keep, method_specs
 from pico import PICO_CONFIGS
 
 Build = Callable[..., LanguageModel]
@@ -32,9 +32,9 @@ def test_lists_are_whole() -> None:
         return set(get_args(get_args(union)[0]))
 
     assert {type(method) for method in METHODS} == members(method_specs.Method)
-    assert {type(term) for term in TERMS} == members(recipe.Term)
+    assert {type(term) for term in TERMS} == members(keep.Term)
     assert list(dict.fromkeys(method.name for method in METHODS)) == list(method_specs.METHODS)
-    assert [term.name for term in TERMS] == list(recipe.TERMS)
+    assert [term.name for term in TERMS] == list(keep.TERMS)
     assert list(CATALOG) == TASKS
     assert list(PICO_CONFIGS) == FAMILIES
 

@@ -95,9 +95,10 @@ def auto(data: str, *, model: str, keep: str = "auto", method: str | None = None
         method: as `parse_method` reads it; LoRA if left out.
 
     Raises:
-        ConfigError: if the method or a term is unknown.
+        ConfigError: if the method or a term is unknown, or the two do not go together.
     """
     chosen = LoRA() if method is None else parse_method(method)
     if keep == "auto" and isinstance(chosen, PromptTuning):
         keep = "none"  # the model itself does not change
-    return Recipe(model=model, data=data, method=chosen, keep=parse_keep(keep))
+    content = {"model": model, "data": data, "method": chosen, "keep": parse_keep(keep)}
+    return Recipe.from_mapping(content, source="tune")
