@@ -6,14 +6,16 @@ Loads nothing but the standard library, so that writing need not wait for what r
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from keepshot.errors import OutputError, UserError, is_full_disk
 
@@ -41,6 +43,40 @@ def replacing(path: Path) -> Generator[Path]:
         raise output_error(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+class Journal:
+    """JSON lines by key that grow as answers come, so that a stopped run goes on where it was.
+
+    Not safe to append to from several threads at once.
+    """
+
+    def __init__(self, path: Path | None, fields: Sequence[str]) -> None:
+        """Keep rows with `key` and these fields at `path`; None keeps none."""
+        self._path, self._fields = path, ("key", *fields)
+
+    def read(self) -> dict[str, tuple[Any, ...]]:
+        """Return the fields of each row by its key; a line cut off by a kill is passed over."""
+        if self._path is None or not self._path.exists():
+            return {}
+        found: dict[str, tuple[Any, ...]] = {}
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+                key, *values = [row[field] for field in self._fields]
+            except (ValueError, KeyError, TypeError):
+                continue
+            found[key] = tuple(values)
+        return found
+
+    def append(self, key: str, *values: Any) -> None:
+        """Add one row."""
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        row = dict(zip(self._fields, (key, *values), strict=True))
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 @contextmanager

@@ -48,7 +48,7 @@ def proportion(num_correct: float, num_items: int) -> Interval:
 def bootstrap_mean(values: NDArray[np.float64], generator: np.random.Generator) -> Interval:
     """Return the mean of `values` [N] with a bootstrap interval over items."""
     resampled = _multinomial_weights(len(values), generator) @ values
-    return _percentiles(float(values.mean()), resampled)
+    return percentiles(float(values.mean()), resampled)
 
 
 def mean_over_tasks(tasks: Sequence[Matrix], generator: np.random.Generator) -> Interval:
@@ -59,13 +59,13 @@ def mean_over_tasks(tasks: Sequence[Matrix], generator: np.random.Generator) -> 
         generator: source of the resamples.
     """
     resampled = np.mean([resampled_means([task], generator)[0] for task in tasks], axis=0)
-    return _percentiles(float(np.mean([task.mean() for task in tasks])), resampled)
+    return percentiles(float(np.mean([task.mean() for task in tasks])), resampled)
 
 
 def difference(first: Matrix, second: Matrix, generator: np.random.Generator) -> Interval:
     """Return mean first - mean second for one task, paired by item and draw."""
     resampled = resampled_means([first, second], generator)
-    return _percentiles(float(first.mean() - second.mean()), resampled[0] - resampled[1])
+    return percentiles(float(first.mean() - second.mean()), resampled[0] - resampled[1])
 
 
 def retention(
@@ -97,7 +97,7 @@ def retention(
     point = (np.mean([a.mean() for a in after]) - chance) / (
         np.mean([b.mean() for b in before]) - chance
     )
-    return _percentiles(float(point), gained_after / gained_before)
+    return percentiles(float(point), gained_after / gained_before)
 
 
 def resampled_means(
@@ -115,6 +115,7 @@ def _multinomial_weights(size: int, generator: np.random.Generator) -> Matrix:
     return counts.astype(np.float64) / size
 
 
-def _percentiles(value: float, resampled: NDArray[np.float64]) -> Interval:
+def percentiles(value: float, resampled: NDArray[np.float64]) -> Interval:
+    """Return a figure with the 2.5 % and 97.5 % points of its resamples, its own value included."""
     low, high = np.quantile(resampled, [0.025, 0.975])
     return Interval(value, float(min(low, value)), float(max(high, value)))

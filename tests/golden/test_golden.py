@@ -20,7 +20,8 @@ import typer
 import yaml
 
 from cases import TASKS
-from keepshot import __version__, cli, exits
+from command import status
+from keepshot import __version__, cli
 from keepshot.assets import AssetStore
 from keepshot.models.loading import save
 from keepshot.tasks.catalog import load_task
@@ -83,12 +84,6 @@ def assert_close(found: Any, expected: Any, where: str = "") -> None:
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6), where
     else:
         assert found == expected, where
-
-
-def status(*arguments: str) -> int:
-    return exits.status(
-        lambda: cli.app(list(arguments), prog_name="keepshot", standalone_mode=False)
-    )
 
 
 @pytest.fixture(scope="module")

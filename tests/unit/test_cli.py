@@ -10,7 +10,8 @@ import sys
 import pytest
 import typer
 
-from keepshot import cli, exits
+from command import status
+from keepshot import cli
 
 COMMON = {"--out", "--json"}
 SPEC = COMMON | {"--seed", "--device", "--dtype", "--set", "--overwrite", "--trust-remote-code"}
@@ -53,10 +54,6 @@ def test_commands_and_flags_are_these() -> None:
         for name, command in group.commands.items()  # type: ignore[attr-defined]
     }
     assert found == SURFACE
-
-
-def status(*arguments: str) -> int:
-    return exits.status(lambda: cli.app(list(arguments), standalone_mode=False))
 
 
 def test_tasks_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from keepshot import cli, exits
+from command import status
 from keepshot.models.loading import save
 from keepshot.records import ResultDocument, read_items
 from pico import pico_model
@@ -22,10 +22,6 @@ from pico import pico_model
 MODELS = ("llama", "gpt2", "qwen2")
 ASKED = ("--tasks", "sums.jsonl", "--shots", "0,2", "--seeds", "2")
 ON_RAY = ("--engine", "ray", "--workers", "2")
-
-
-def status(*arguments: str) -> int:
-    return exits.status(lambda: cli.app(list(arguments), standalone_mode=False))
 
 
 @pytest.fixture

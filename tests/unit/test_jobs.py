@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 
-from keepshot import cli, exits
+from command import status
 from keepshot.models.checkpoint import TensorReader
 from keepshot.models.loading import LanguageModel, save
 from keepshot.records import ResultDocument, read_items
@@ -42,10 +42,6 @@ RECIPE: dict[str, Any] = {
     },
     "blended": {"lambdas": [0.5, 1.0], "pick": "keep-target:0.5", "limit": 4},
 }
-
-
-def status(*arguments: str) -> int:
-    return exits.status(lambda: cli.app(list(arguments), standalone_mode=False))
 
 
 @pytest.fixture

@@ -10,13 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from keepshot import cli, exits
+from command import status
 from keepshot.models.loading import LanguageModel, save
 from keepshot.records import JudgeDocument, ResultDocument, read_instructions
-
-
-def status(*arguments: str) -> int:
-    return exits.status(lambda: cli.app(list(arguments), standalone_mode=False))
 
 
 @pytest.fixture

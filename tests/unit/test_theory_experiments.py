@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from keepshot import cli, exits
+from command import status
 from keepshot.errors import ConfigError
 from keepshot.progress import Silent
 from keepshot.records import Cost, ResultDocument, SummaryRow
@@ -27,10 +27,6 @@ from keepshot.theory.lab import Lab
 
 KEYS = {"claim", "method", "task", "shots", "predicted", "measured", "se"}
 SMALL = {"d": 3, "shots": (0, 1, 8), "num_prompts": 20_000}
-
-
-def status(*arguments: str) -> int:
-    return exits.status(lambda: cli.app(list(arguments), standalone_mode=False))
 
 
 def run(claim: str, **changes: object) -> ClaimRecord:

@@ -18,6 +18,7 @@ from keepshot.errors import ConfigError
 from keepshot.jobs.check import loads_and_generates
 from keepshot.jobs.following import Follower
 from keepshot.jobs.ledger import Ledger, model_record
+from keepshot.jobs.loading import load_as
 from keepshot.jobs.measure import plan_for, read_tasks
 from keepshot.jobs.rules import rule_for
 from keepshot.jobs.specs import BlendSpec, Measuring
@@ -26,7 +27,7 @@ from keepshot.jobs.workspace import Workspace
 from keepshot.jobs.write import Locate, find, writing
 from keepshot.models.bases import check_base, is_adapter
 from keepshot.models.identity import directory_sha256
-from keepshot.models.loading import LanguageModel, load, locate
+from keepshot.models.loading import LanguageModel, locate
 from keepshot.models.reference import (
     Embedded,
     GGUFFile,
@@ -212,13 +213,7 @@ def _load_both(
     on_base = f"{spec.base}+{tuned_path}" if is_adapter(tuned_path) else spec.tuned
     for name, reference in ((spec.base, spec.base), (spec.tuned, on_base)):
         progress.stage(f"loading {name}")
-        model = load(
-            reference,
-            store,
-            device=spec.device,
-            dtype=spec.dtype,
-            trust_remote_code=spec.trust_remote_code,
-        )
+        model = load_as(spec, reference, store)
         loaded.append(replace(model, reference=name))
     return loaded[0], loaded[1]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from keepshot import records
 from keepshot.assets import AssetStore
 from keepshot.errors import ConfigError
+from keepshot.jobs.loading import load_as
 from keepshot.jobs.specs import Following, JudgeSpec
 from keepshot.judging.answers import answer_prompts, style_of
 from keepshot.judging.follow import Examiner, instruction_scores, load_set
@@ -33,7 +34,7 @@ from keepshot.judging.pairwise import (
     win_rate,
 )
 from keepshot.judging.server import Server, ServerJudge
-from keepshot.models.loading import LanguageModel, load
+from keepshot.models.loading import LanguageModel
 from keepshot.progress import Progress
 from keepshot.records import JudgeDocument, WinRate
 from keepshot.tasks.instruction_templates import EMBEDDED_SET
@@ -190,13 +191,7 @@ class _Judging:
 
     def _load(self, reference: str) -> LanguageModel:
         self.progress.stage(f"loading {reference}")
-        return load(
-            reference,
-            self.store,
-            device=self.spec.device,
-            dtype=self.spec.dtype,
-            trust_remote_code=self.spec.trust_remote_code,
-        )
+        return load_as(self.spec, reference, self.store)
 
     def _write(
         self,

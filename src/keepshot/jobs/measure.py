@@ -12,6 +12,7 @@ from keepshot.harness.tasks import harness_tasks, split_names
 from keepshot.jobs.cluster import processors, shared_out
 from keepshot.jobs.following import Follower
 from keepshot.jobs.ledger import Ledger, add_costs, model_record
+from keepshot.jobs.loading import load_as
 from keepshot.jobs.specs import MeasureSpec, Measuring
 from keepshot.jobs.workspace import Workspace
 from keepshot.models.loading import identify, load, outline
@@ -160,13 +161,7 @@ def _measure_one(
     ledger, follower, progress, device = means
     reference = spec.models[number]
     progress.stage(f"{reference}: loading")
-    model = load(
-        reference,
-        store,
-        device=device,
-        dtype=spec.dtype,
-        trust_remote_code=spec.trust_remote_code,
-    )
+    model = load_as(spec, reference, store, device=device)
     if spec.server and attached(model.module):
         raise ConfigError(f"model {reference!r} has a soft prompt, which --server cannot take")
     items = ledger.measured(str(number), model, [plan], arm=reference)

@@ -23,6 +23,7 @@ from keepshot.errors import ConfigError
 from keepshot.jobs.blend import Questions
 from keepshot.jobs.following import Follower
 from keepshot.jobs.ledger import Ledger, model_record
+from keepshot.jobs.loading import load_as
 from keepshot.jobs.measure import Measured, read_tasks
 from keepshot.jobs.separation import check_apart
 from keepshot.jobs.specs import ARMS, BlendArm, Measuring, RunSpec, TunedArm
@@ -30,7 +31,7 @@ from keepshot.jobs.target import load_target
 from keepshot.jobs.tune import anchor_tasks, general_rows, naming_what_is_kept
 from keepshot.jobs.workspace import Workspace
 from keepshot.models.identity import directory_sha256
-from keepshot.models.loading import LanguageModel, load
+from keepshot.models.loading import LanguageModel
 from keepshot.models.reference import parse_reference
 from keepshot.progress import Progress
 from keepshot.records import (
@@ -195,13 +196,7 @@ class _Run:
     def _load(self, arm: str, reference: str) -> LanguageModel:
         gc.collect()
         self.progress.stage(f"{arm}: loading")
-        return load(
-            reference,
-            self.store,
-            device=self.spec.device,
-            dtype=self.spec.dtype,
-            trust_remote_code=self.spec.trust_remote_code,
-        )
+        return load_as(self.spec, reference, self.store)
 
     def _check_lengths(self, model: LanguageModel) -> None:
         """Check every prompt and row of the whole run, before the first hour is spent on it."""

@@ -11,10 +11,10 @@ from keepshot import records
 from keepshot.assets import AssetStore
 from keepshot.errors import ConfigError, TrainingError
 from keepshot.jobs.ledger import model_record
+from keepshot.jobs.loading import load_as
 from keepshot.jobs.specs import TuneSpec
 from keepshot.jobs.target import load_target
 from keepshot.jobs.workspace import Workspace
-from keepshot.models.loading import load
 from keepshot.models.reference import parse_reference
 from keepshot.progress import Progress
 from keepshot.prompts import Template
@@ -52,13 +52,7 @@ def tune(
         state_dir=workspace.part("state"),
     )
     progress.stage(f"loading {recipe.model}")
-    model = load(
-        recipe.model,
-        store,
-        device=spec.device,
-        dtype=spec.dtype,
-        trust_remote_code=spec.trust_remote_code,
-    )
+    model = load_as(spec, recipe.model, store)
     untuned = model_record(model)
     progress.stage("tuning")
     with naming_what_is_kept(None, workspace.path):

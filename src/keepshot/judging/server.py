@@ -20,6 +20,7 @@ from typing import Any
 from keepshot.errors import UserError
 from keepshot.judging.judges import PROMPT_HASH, question, read_label
 from keepshot.judging.pairwise import Opinion, Pair
+from keepshot.outputs import Journal
 
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 
@@ -60,7 +61,7 @@ class ServerJudge:
         self.prompt_hash = PROMPT_HASH
         self.num_asked = 0
         """How many pairs were put to the server, and not found in the journal."""
-        self._server, self._journal = server, journal
+        self._server, self._journal = server, Journal(journal, ("answer",))
         self._progress, self._sleep = progress, sleep
         self._lock = Lock()
 
@@ -70,7 +71,7 @@ class ServerJudge:
         Raises:
             ServerError: if the server refuses (such as 401), or keeps failing after all tries.
         """
-        known = self._read_journal()
+        known = {key: str(answer) for key, (answer,) in self._journal.read().items()}
         keys = [self._key(pair) for pair in pairs]
         waiting = {key: p for key, p in zip(keys, pairs, strict=True) if key not in known}
         with ThreadPoolExecutor(self._server.workers) as pool:
@@ -89,18 +90,6 @@ class ServerJudge:
         content = f"{self._server.url}\0{self._server.model}\0{question(pair)}"
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
-    def _read_journal(self) -> dict[str, str]:
-        if self._journal is None or not self._journal.exists():
-            return {}
-        known: dict[str, str] = {}
-        for line in self._journal.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-                known[row["key"]] = row["answer"]
-            except (ValueError, KeyError, TypeError):
-                continue  # the last line of a run that was killed
-        return known
-
     def _ask(self, key: str, pair: Pair) -> str:
         body = {
             "model": self._server.model,
@@ -111,10 +100,7 @@ class ServerJudge:
         answer = self._post(json.dumps(body).encode())
         with self._lock:
             self.num_asked += 1
-            if self._journal is not None:
-                self._journal.parent.mkdir(parents=True, exist_ok=True)
-                with self._journal.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": key, "answer": answer}) + "\n")
+            self._journal.append(key, answer)
         return answer
 
     def _post(self, body: bytes) -> str:

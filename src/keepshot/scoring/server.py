@@ -21,6 +21,7 @@ from typing import Any, assert_never
 
 from keepshot.errors import ConfigError, ModelError
 from keepshot.models.loading import LanguageModel
+from keepshot.outputs import Journal
 from keepshot.scoring.engine import Engine
 from keepshot.scoring.request import (
     Generate,
@@ -180,11 +181,11 @@ class ServedEngine(Engine):
     def __init__(self, model: LanguageModel, server: Server, *, kept: Path | None = None) -> None:
         super().__init__(model)
         self._server = server
-        self._kept = kept
+        self._kept = Journal(kept, ("text", "stopped"))
 
     def _answer(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Result]]:
         yield from super()._answer([r for r in requests if isinstance(r, LogLikelihood)])
-        there = self._read_kept()
+        there = {key: Completion(*said) for key, said in self._kept.read().items()}
         waiting: list[tuple[Generate | GreedyMatch, str]] = []
         for request in requests:
             if isinstance(request, LogLikelihood):
@@ -219,8 +220,9 @@ class ServedEngine(Engine):
                     if future.exception() is not None:
                         failure = failure or _as_exception(future.exception())
                         continue
-                    self._keep(key, future.result())
-                    yield request, self._judge(request, future.result())
+                    said = future.result()
+                    self._kept.append(key, said.text, said.stopped)
+                    yield request, self._judge(request, said)
         if failure is not None:
             raise failure
 
@@ -253,24 +255,6 @@ class ServedEngine(Engine):
                 return GreedyMatchResult(correct, said.text, said.stopped)
             case _:
                 assert_never(request)
-
-    def _read_kept(self) -> dict[str, Completion]:
-        if self._kept is None or not self._kept.exists():
-            return {}
-        found: dict[str, Completion] = {}
-        for line in self._kept.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-                found[row["key"]] = Completion(row["text"], row["stopped"])
-            except (ValueError, KeyError):  # a line that was cut off when the process was stopped
-                continue
-        return found
-
-    def _keep(self, key: str, said: Completion) -> None:
-        if self._kept is not None:
-            row = {"key": key, "text": said.text, "stopped": said.stopped}
-            with self._kept.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
 
 
 def _key(sha256: str, request: Request) -> str:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from keepshot.errors import StudyError
-from keepshot.stats import Interval
+from keepshot.stats import Interval, percentiles
 
 Vector = NDArray[np.float64]
 NUM_RESAMPLES = 1000
@@ -90,7 +90,7 @@ def attribute(
         if np.ptp(y[rows]) > 0.0:
             resampled.append(_shares(y[rows], {name: b[rows] for name, b in blocks.items()}))
     return {
-        name: _percentiles(value, np.array([shares[name] for shares in resampled]))
+        name: percentiles(value, np.array([shares[name] for shares in resampled]))
         for name, value in point.items()
     }
 
@@ -161,7 +161,7 @@ def bound(
     share = np.full(num_items, 1.0 / num_items)
     weights = generator.multinomial(num_items, share, size=NUM_RESAMPLES) / num_items
     beyond, control, excess = (
-        _percentiles(float(values.mean()), weights @ values)
+        percentiles(float(values.mean()), weights @ values)
         for values in (beyond, control, beyond - control)
     )
     return Bound(beyond, control, excess, num_draws - 1, num_items)
@@ -208,8 +208,3 @@ def _slope_within(frame: pd.DataFrame) -> float:
         for name in ("base", "tuned")
     )
     return float(base @ tuned / (base @ base))
-
-
-def _percentiles(value: float, resampled: Vector) -> Interval:
-    low, high = np.quantile(resampled, [0.025, 0.975])
-    return Interval(value, float(min(low, value)), float(max(high, value)))
