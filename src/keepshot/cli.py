@@ -196,7 +196,7 @@ def blend(
         sweep=parse_lambdas(sweep) if sweep else None, target=target, pick=pick,
         tasks=option.names(tasks), shots=option.whole_numbers("--shots", shots), seeds=seeds,
         limit=limit, seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
-        check=False if no_check else None, following=option.following(follow),
+        check="none" if no_check else None, following=option.following(follow),
     )  # fmt: skip
     spec = blend_spec(None if tuned else Path(base), given, set_ or [])
     if spec.sweep is None:

@@ -53,7 +53,8 @@ class Writing:
     """A further model tuned from the same base, and how much of its difference is added
     (RE-Adapt, arXiv 2405.15007, eq. 4)."""
     hash_files: bool = True
-    """Put the sha256 of every file read and written into the record."""
+    """Put the sha256 of every file read and written into the record, and read what was written
+    again (see `keepshot.blending.reread`)."""
     names: tuple[str, ...] = ()
     """What the record calls base, tuned and `second`, if not by their directories."""
     overwrite: bool = False

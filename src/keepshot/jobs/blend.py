@@ -234,7 +234,9 @@ def _write(
         return
     progress.stage(f"writing lambda {lam:g}")
     trust = spec.trust_remote_code
-    check = loads_and_generates(spec.base, store, trust_remote_code=trust) if spec.check else None
+    check = None
+    if spec.generates:
+        check = loads_and_generates(spec.base, store, trust_remote_code=trust)
     find_model = _locate(spec, store)
     rule = rule_for(spec.model_copy(update={"lam": lam}), find_model) if spec.rule else lam
     options = writing(spec, find_model)
