@@ -15,7 +15,8 @@ from pathlib import Path
 
 from keepshot.errors import ModelError
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
+"""Bytes read at a time: they are hashed before they leave the processor's cache."""
 _NUM_THREADS = 2
 
 
@@ -48,9 +49,7 @@ class _Running:
             while self._position < stop and not stopped.is_set():
                 count = stream.readinto(block[: min(_BLOCK, stop - self._position)])
                 if not count:
-                    raise ModelError(
-                        f"{self.file}: became shorter while it was read; get it again"
-                    )
+                    raise ModelError(f"{self.file}: became shorter while it was read; get it again")
                 with self._moved:
                     self._hash.update(block[:count])
                     self._position += count

@@ -136,13 +136,9 @@ class Files:
 
     def read(self, tensor: StoredTensor, start: int, out: Array) -> Array:
         """Fill `out` (uint8) with the tensor's data from element `start` on."""
-        view = out.data
         offset = tensor.offset + start * ITEM_SIZE[tensor.dtype]
-        while len(view):
-            count = os.preadv(self._descriptor(tensor.file), [view], offset)
-            if count == 0:
-                raise ModelError(f"{tensor.file}: became shorter while it was read; get it again")
-            view, offset = view[count:], offset + count
+        if not _read_all(self._descriptor(tensor.file), out.data, offset):
+            raise ModelError(f"{tensor.file}: became shorter while it was read; get it again")
         return out
 
     def _descriptor(self, file: Path) -> int:
@@ -234,6 +230,7 @@ def _write_shard(
     partial = folder / f".{shard.name}.partial"
     pieces = [(t, span) for t in shard.tensors.values() for span in _spans(t.num_elements)]
     digest = hashlib.sha256(shard.header) if work.how.hashed else None
+    held = np.empty(CHUNK * 8, np.uint8)
     with _writing(partial, shard) as descriptor:
         parts = pool.map(lambda piece: work.blend(descriptor, piece[0], *piece[1]), pieces)
         sums: dict[str, Sums] = {}
@@ -243,7 +240,7 @@ def _write_shard(
                 along, norm = sums.get(tensor.name, (0.0, 0.0))
                 sums[tensor.name] = (along + part[0], norm + part[1])
             if digest is not None:
-                digest.update(_read_back(descriptor, tensor, *span))
+                digest.update(_read_back(descriptor, tensor, *span, held))
     work.how.naming(shard)
     partial.replace(folder / shard.name)
     note = _note(shard, folder)
@@ -254,10 +251,14 @@ def _write_shard(
     return sums, sha256
 
 
-def _read_back(descriptor: int, tensor: StoredTensor, start: int, stop: int) -> bytes:
+def _read_back(
+    descriptor: int, tensor: StoredTensor, start: int, stop: int, held: Array
+) -> memoryview:
     """Return what a reader will find, which is not taken on trust from the memory it came from."""
     size = ITEM_SIZE[tensor.dtype]
-    return os.pread(descriptor, (stop - start) * size, tensor.offset + start * size)
+    view = held.data[: (stop - start) * size]
+    _read_all(descriptor, view, tensor.offset + start * size)
+    return view
 
 
 @contextmanager
@@ -302,6 +303,16 @@ def _note(shard: PlannedShard, folder: Path) -> Path:
 
 def _spans(count: int) -> list[tuple[int, int]]:
     return [(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+
+
+def _read_all(descriptor: int, view: memoryview, offset: int) -> bool:
+    """Fill a buffer; return whether there was enough."""
+    while len(view):
+        count = os.preadv(descriptor, [view], offset)
+        if count == 0:
+            return False
+        view, offset = view[count:], offset + count
+    return True
 
 
 def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
