@@ -8,13 +8,13 @@ mergekit pins other versions of common libraries, so give it an environment of i
 
     python -m venv /tmp/mergekit && /tmp/mergekit/bin/pip install mergekit==0.1.5
 
-`write`: two random Llama models of 135 M parameters in float32 (538 MB each). `big`: 2 G in bfloat16 in
-shards of 1 GB (4 GB each; needs 17 GB of disk). Programs are started anew, in turns, and read from
-the page cache as far as it reaches (one untimed pass before); wall time, processor time (which other
-work on the machine moves less) and peak resident memory are the operating system's. Prints the
-median and range of `--runs`. `cp` of one input is the floor. `write` ends with how far both tools are
-from the sum in float64, and fails if they are further apart than rounding explains. `sweep`: see
-`blending_sweep.py`. `--questions 1 --lambdas 1` tries that part out.
+`write`: two random Llama models of 135 M parameters in float32 (538 MB each). `big`: 2 G parameters
+in bfloat16 in shards of 1 GB (4 GB each; needs 17 GB of disk). Programs are started anew, in turns,
+and read from the page cache as far as it reaches (one untimed pass before); wall time, processor
+time (which other work on the machine moves less) and peak resident memory are the operating
+system's. Prints the median and range of `--runs`. `cp` of one input is the floor. `write` ends with
+how far both tools are from the sum in float64, and fails if that is more than rounding explains.
+`sweep`: see `blending_sweep.py`; `--questions 1 --lambdas 1` tries that part out.
 """
 
 from __future__ import annotations
@@ -190,7 +190,9 @@ def compare(root: Path, names: list[str]) -> None:
             part = slice(start, start + (1 << 20))
             origin, end = base[part].astype(np.float64), tuned[part].astype(np.float64)
             step = np.spacing(np.maximum(np.abs(base[part]), np.abs(tuned[part])))
-            errors = {n: (f[part] - (origin + LAM * (end - origin))) / step for n, f in found.items()}
+            errors = {
+                n: (f[part] - (origin + LAM * (end - origin))) / step for n, f in found.items()
+            }
             count += len(origin)
             for name, error in errors.items():
                 worst[name] = max(worst[name], float(np.abs(error).max()))
@@ -199,10 +201,12 @@ def compare(root: Path, names: list[str]) -> None:
                 apart[name] = max(apart[name], gap)
     for name in names:
         mean = (squares[name] / count) ** 0.5
-        print(f"{name}: {worst[name]:.2f} float32 steps from float64 at most, {mean:.3f} in the mean "
-              f"square's root; {apart[name]:.2f} from {names[0]} at most")  # fmt: skip
-        assert worst[name] <= MOST_STEPS[name], f"{name} is further from float64 than rounding explains"
-        assert apart[name] <= MOST_APART + 1e-6, f"{name} is further from ours than rounding explains"
+        print(
+            f"{name}: {worst[name]:.2f} float32 steps from float64 at most, root mean square "
+            f"{mean:.3f}; {apart[name]:.2f} from {names[0]} at most"
+        )
+        assert worst[name] <= MOST_STEPS[name], f"{name}: further from float64 than by rounding"
+        assert apart[name] <= MOST_APART + 1e-6, f"{name}: further from ours than by rounding"
 
 
 def mapped(tensor) -> np.ndarray:
@@ -226,7 +230,9 @@ def main() -> None:
         free = shutil.disk_usage(root).free / 1e9
         if free < NEEDED_GB[given.part]:
             raise SystemExit(f"{root}: {free:.1f} GB free, needed are {NEEDED_GB[given.part]}")
-        print(f"{given.part}: {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}", flush=True)
+        print(
+            f"{given.part}: {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}", flush=True
+        )
         if given.part == "sweep":
             from blending_sweep import sweep_part
 

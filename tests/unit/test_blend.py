@@ -65,11 +65,11 @@ def test_blend_is_the_float64_oracle_within_one_rounding(
 def test_other_orders_of_the_same_sum_lie_two_float32_steps_away(
     lam: float, relative: float
 ) -> None:
-    """mergekit's `linear` in float32 is (1 - lam) * base + lam * tuned, over the weights' sum.
+    """What mergekit's `linear` does: (1 - lam) * base + lam * tuned, over the weights' sum.
 
     Each of its four operations rounds at the size of the ends, and so do two of our three: no two
-    orders give the same bits. Steps are those of float32 at the larger end, for the sum of
-    two weights of opposite sign can be as small as it likes.
+    orders give the same bits. Steps are those of float32 at the larger end, for the sum of two
+    weights of opposite sign can be as small as it likes.
     """
     base, tuned = (end.float() for end in tensors(3, 400, 500, relative=relative))
     weights = torch.tensor([1 - lam, lam])

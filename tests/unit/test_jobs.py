@@ -319,6 +319,9 @@ def test_blend_writes_one_point_and_sweeps_a_path(
     assert "Questions that flip" in (workplace / "path" / "report.html").read_text("utf-8")
     record = json.loads((workplace / "path" / "model" / "keepshot.json").read_text("utf-8"))
     assert "loaded with transformers and continued" in record["checked"][1]
+    again = ["--sweep", "0:1:0.5", *arguments, *target, "--set", "stream=true", "--out", "streamed"]
+    assert status("blend", "other", "base", *again) == 0
+    assert ResultDocument.read(workplace / "streamed").path == document.path
     rule = ["--set", "rule.kinds.mlp=0", "--no-check", "--pick", "best-icl", "--out", "frozen"]
     assert status("blend", "other", "base", "--sweep", "0.5", *arguments, *rule) == 0
     with (

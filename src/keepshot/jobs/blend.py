@@ -26,8 +26,9 @@ from keepshot.jobs.target import load_target
 from keepshot.jobs.workspace import Workspace
 from keepshot.jobs.write import Locate, find, writing
 from keepshot.models.bases import check_base, is_adapter
+from keepshot.models.checkpoint import TensorReader
 from keepshot.models.identity import directory_sha256
-from keepshot.models.loading import LanguageModel, locate
+from keepshot.models.loading import LanguageModel, locate, outline
 from keepshot.models.reference import (
     Embedded,
     GGUFFile,
@@ -40,6 +41,12 @@ from keepshot.records import ItemResult, PathPoint, ResultDocument, Split
 from keepshot.scoring.evaluate import Plan, check_prompts
 from keepshot.scoring.summary import path_points, resample_path, scores, summarise
 from keepshot.tasks.task import Task
+
+_Ask = Callable[[float], list[ItemResult]]
+_Rule = Callable[[float], LambdaRule]
+_Walk = Callable[
+    [LanguageModel, Sequence[float], _Ask, _Rule], list[tuple[float, list[ItemResult]]]
+]
 
 
 @dataclass(frozen=True)
@@ -134,19 +141,18 @@ def _sweep_and_pick(
 ) -> ResultDocument:
     base, tuned = pair
     workspace, _ = where
+    walk = _walker(spec, tuned)
     questions, follower = asking.questions, asking.follower
     assert spec.sweep is not None
     lams = sorted({0.0, *spec.sweep})
     at = _lambda_rule(spec, base)
     target = questions.target.name if questions.target else None
-    state = tuned.module.state_dict()
     rule = parse_rule(spec.pick)
     rows: dict[float, list[ItemResult]] = {}
 
     def measure_path(wanted: Sequence[float]) -> list[PathPoint]:
-        found = sweep(
+        found = walk(
             base,
-            state,
             wanted,
             lambda lam: asking.ask(f"path-{lam:g}", "path", lam, "validation"),
             at,
@@ -172,7 +178,7 @@ def _sweep_and_pick(
             return asking.ask(part, arm, lam, "test")
 
         # The ends are the two models themselves, whatever the rule.
-        [(_, found)] = sweep(base, state, [lam], ask, as_rule if arm in ends else at)
+        [(_, found)] = walk(base, [lam], ask, as_rule if arm in ends else at)
         items += found
     if picked.lam is not None:
         _write(base, tuned, picked.lam, (spec, store), where)
@@ -185,6 +191,21 @@ def _sweep_and_pick(
     # The path's own rows lie beside them, so that the page can show what flips where.
     along = [row for lam in sorted(rows) for row in rows[lam]]
     return workspace.finish(document, [*items, *along], follower.rows)
+
+
+def _walker(spec: BlendSpec, tuned: LanguageModel) -> _Walk:
+    """Return the sweep towards the tuned model: held in memory, or read with its base from disk."""
+    if not spec.stream:
+        state = tuned.module.state_dict()
+        return lambda base, lams, measure, rule: sweep(base, state, lams, measure, rule)
+
+    def walk(
+        base: LanguageModel, lams: Sequence[float], measure: _Ask, rule: _Rule
+    ) -> list[tuple[float, list[ItemResult]]]:
+        with TensorReader(base.path) as origin, TensorReader(tuned.path) as end:
+            return sweep(base, end, lams, measure, rule, origin)
+
+    return walk
 
 
 def _lambda_rule(spec: BlendSpec, base: LanguageModel) -> Callable[[float], LambdaRule]:
@@ -207,8 +228,15 @@ def _load_both(
         if spec.rule is not None:
             raise ConfigError("an adapter takes one lambda; merge it into its base for a `rule`")
         check_base(tuned_path, directory_sha256(base_path, store), spec.base)
+    if is_adapter(tuned_path) and spec.stream:
+        raise ConfigError("an adapter is small beside its base; leave `stream` out")
     check_inputs(base_path, tuned_path, writing(spec, find_model))
     workspace.begin()
+    if spec.stream:
+        progress.stage(f"loading {spec.base}")
+        model = load_as(spec, spec.base, store)
+        light = outline(spec.tuned, store, trust_remote_code=spec.trust_remote_code)
+        return model, replace(light, dtype=model.dtype)
     loaded: list[LanguageModel] = []
     on_base = f"{spec.base}+{tuned_path}" if is_adapter(tuned_path) else spec.tuned
     for name, reference in ((spec.base, spec.base), (spec.tuned, on_base)):

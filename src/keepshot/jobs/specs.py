@@ -173,6 +173,9 @@ class BlendSpec(Where):
     `shrink-intruders:0.5` (factor on intruding directions; arXiv 2410.21228)."""
     rule: LambdaMap | None = None
     """Factors on lambda by block or kind of module; 1 for what the rule does not name."""
+    stream: bool = False
+    """Along a sweep, keep one model in memory rather than three copies: both are read again from
+    disk at every lambda."""
     check: Literal["none", "files", "generate"] | None = None
     """Of what is written: `files` hashes all that is read and written and reads the result again;
     `generate` also loads it and lets it write a few tokens. Not given: `files` for one lambda,
