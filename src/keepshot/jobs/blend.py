@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -158,7 +158,8 @@ def _sweep_and_pick(
             at,
         )
         rows.update(dict(found))
-        return path_points(rows, rows[0.0], target=target, split="validation")
+        points = path_points(rows, rows[0.0], target=target, split="validation")
+        return _with_recall(points, rows, questions.others)
 
     path = measure_path(lams)
     picked = pick(path, rule)
@@ -191,6 +192,26 @@ def _sweep_and_pick(
     # The path's own rows lie beside them, so that the page can show what flips where.
     along = [row for lam in sorted(rows) for row in rows[lam]]
     return workspace.finish(document, [*items, *along], follower.rows)
+
+
+def _with_recall(
+    points: Sequence[PathPoint],
+    rows: Mapping[float, Sequence[ItemResult]],
+    tasks: Sequence[Task],
+) -> list[PathPoint]:
+    """Add the few-shot score over tasks of domain "knowledge", if there are any."""
+    names = {task.name for task in tasks if task.domain == "knowledge"}
+    known = {lam: [row for row in own if row.task in names] for lam, own in rows.items()}
+    if not known[0.0]:
+        return list(points)
+    found = path_points(known, known[0.0], target=None, split="validation")
+    scores = {point.lam: (point.icl, point.icl_ci95) for point in found}
+    return [
+        point.model_copy(
+            update=dict(zip(("recall", "recall_ci95"), scores[point.lam], strict=True))
+        )
+        for point in points
+    ]
 
 
 def _walker(spec: BlendSpec, tuned: LanguageModel) -> _Walk:
