@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from keepshot.blending.rules import LambdaRule, as_rule, by_part
 from keepshot.blending.sweep import sweep
 from keepshot.blending.write import Watch, check_inputs, write
 from keepshot.errors import ConfigError
+from keepshot.jobs.along import resample_following, with_following, with_recall
 from keepshot.jobs.check import loads_and_generates
 from keepshot.jobs.following import Follower
 from keepshot.jobs.ledger import Ledger, model_record
@@ -90,7 +91,9 @@ def blend(
     for reference in (spec.base, spec.tuned):
         parse_reference(reference)
     assert spec.sweep is not None, "one lambda is written by `jobs.write`"
-    check_rule(parse_rule(spec.pick), spec.sweep, spec.target is not None)
+    check_rule(
+        parse_rule(spec.pick), spec.sweep, spec.target is not None, spec.following is not None
+    )
     questions = _questions(spec, store, progress)
     follower = Follower(spec.following, store, workspace, progress)
     base, tuned = _load_both(spec, store, workspace, progress)
@@ -159,14 +162,16 @@ def _sweep_and_pick(
         )
         rows.update(dict(found))
         points = path_points(rows, rows[0.0], target=target, split="validation")
-        return _with_recall(points, rows, questions.others)
+        return with_following(with_recall(points, rows, questions.others), follower.rows)
 
     path = measure_path(lams)
     picked = pick(path, rule)
     while more := next_lambdas(list(rows), picked.lam, spec.resolution or math.inf):
         path = measure_path(more)
         picked = pick(path, rule)
-    picked = with_interval(picked, path, resample_path(rows, target=target), rule)
+    resampled = resample_path(rows, target=target)
+    followed = resample_following(follower.rows, resampled.lams)
+    picked = with_interval(picked, path, replace(resampled, following=followed), rule)
     follower.rows.sort(key=lambda row: row.lam or 0.0)
     items: list[ItemResult] = []
     ends = {spec.base: 0.0, spec.tuned: 1.0}
@@ -192,26 +197,6 @@ def _sweep_and_pick(
     # The path's own rows lie beside them, so that the page can show what flips where.
     along = [row for lam in sorted(rows) for row in rows[lam]]
     return workspace.finish(document, [*items, *along], follower.rows)
-
-
-def _with_recall(
-    points: Sequence[PathPoint],
-    rows: Mapping[float, Sequence[ItemResult]],
-    tasks: Sequence[Task],
-) -> list[PathPoint]:
-    """Add the few-shot score over tasks of domain "knowledge", if there are any."""
-    names = {task.name for task in tasks if task.domain == "knowledge"}
-    known = {lam: [row for row in own if row.task in names] for lam, own in rows.items()}
-    if not known[0.0]:
-        return list(points)
-    found = path_points(known, known[0.0], target=None, split="validation")
-    scores = {point.lam: (point.icl, point.icl_ci95) for point in found}
-    return [
-        point.model_copy(
-            update=dict(zip(("recall", "recall_ci95"), scores[point.lam], strict=True))
-        )
-        for point in points
-    ]
 
 
 def _walker(spec: BlendSpec, tuned: LanguageModel) -> _Walk:

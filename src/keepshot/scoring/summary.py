@@ -172,6 +172,8 @@ class ResampledPath:
     chance: float
     tasks: Mapping[str, Matrix]
     target: Matrix | None
+    following: Matrix | None = None
+    """Likewise, of the share of prompts whose instructions are followed."""
 
 
 def resample_path(
