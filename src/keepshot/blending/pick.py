@@ -102,6 +102,8 @@ class NoLoss(Spec):
 AnyRule = KeepTarget | KeepFollowing | Knee | Weighted | BestWorst | NoLoss | BestICL
 PickRule = Annotated[AnyRule, Field(discriminator="name")]
 
+_Axis = Literal["target", "following"]
+"""What few-shot ability is weighed against."""
 _EXAMPLES = {
     "keep-target": "keep-target:0.9", "knee": "knee", "weighted": "weighted:2",
     "keep-following": "keep-following:0.9", "best-worst": "best-worst:0.9",
@@ -219,9 +221,8 @@ def pareto(points: Sequence[PathPoint]) -> list[float]:
 
     Without a target, the share of prompts whose instructions are followed takes its place.
     """
-    scores: list[Literal["target", "following"]] = ["target", "following"]
-    kind = next((k for k in scores if all(getattr(p, k) is not None for p in points)), None)
-    if kind is None:
+    kind: _Axis = "following" if any(point.target is None for point in points) else "target"
+    if kind == "following" and any(point.following is None for point in points):
         return []
 
     def beaten(point: PathPoint) -> bool:
@@ -351,9 +352,7 @@ def _no_loss(path: Sequence[PathPoint]) -> tuple[float | None, str]:
     )
 
 
-def _keep(
-    path: Sequence[PathPoint], share: float, kind: Literal["target", "following"]
-) -> tuple[float | None, str]:
+def _keep(path: Sequence[PathPoint], share: float, kind: _Axis) -> tuple[float | None, str]:
     what = "a target score" if kind == "target" else "a share of instructions followed"
     tuned = _score(_at(path, 1.0), kind)
     if tuned <= 0.0:
@@ -429,7 +428,7 @@ def _target(point: PathPoint) -> float:
     return _score(point, "target")
 
 
-def _score(point: PathPoint, kind: Literal["target", "following"]) -> float:
+def _score(point: PathPoint, kind: _Axis) -> float:
     value = point.target if kind == "target" else point.following
     assert value is not None
     return value

@@ -135,8 +135,7 @@ def path_points(
                 num_items=table.num_items(shots),
                 tasks=table.by_task(shots),
                 below_base=table.below(before, shots),
-                **_conduct(items, target, shots),
-            )
+            ).model_copy(update=_conduct(items, target, shots))
         )
     return points
 
