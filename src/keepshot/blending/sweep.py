@@ -21,9 +21,8 @@ from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from keepshot.blending.adapter import check_exact
+from keepshot.blending.adapter import check_exact, dora_at
 from keepshot.blending.blend import blend_, check_pair, same_bits
-from keepshot.blending.dora import dora_at
 from keepshot.blending.parts import stored_names
 from keepshot.blending.rules import LambdaRule, as_rule, check_lambda
 from keepshot.errors import ModelError
