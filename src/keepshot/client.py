@@ -54,7 +54,7 @@ class Client:
         Raises:
             ServerError: if the server refuses (such as 401), or all tries failed.
         """
-        reason = ""
+        reason, content = "", b""
         for number in range(self.tries):
             pause = self.pause * 2**number
             try:
