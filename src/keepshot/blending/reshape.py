@@ -1,8 +1,8 @@
 """Differences between two models made smaller: truncated, pruned, or freed of intruders.
 
-Pure functions on one weight matrix at a time, and the tuned model they make, written as a model or
-as a LoRA adapter with one tensor at a time in memory. Which tensors are matrices of linear layers is
-read off the model's structure, not its names.
+Pure functions on one weight matrix at a time, and the tuned model they make, written as a model
+or as a LoRA adapter with one tensor at a time in memory. Which tensors are matrices of linear
+layers is read off the model's structure, not its names.
 Sources: LoRE, arXiv 2405.15007 (RE-Adapt); FAPM, arXiv 2509.08255; intruder dimensions,
 arXiv 2410.21228.
 """

@@ -143,11 +143,9 @@ def _sweep_and_pick(
     where: tuple[Workspace, Progress],
 ) -> ResultDocument:
     base, tuned = pair
-    workspace, _ = where
     walk = _walker(spec, tuned)
     questions, follower = asking.questions, asking.follower
-    assert spec.sweep is not None
-    lams = sorted({0.0, *spec.sweep})
+    lams = sorted({0.0, *(spec.sweep or ())})
     at = _lambda_rule(spec, base)
     target = questions.target.name if questions.target else None
     rule = parse_rule(spec.pick)
@@ -196,7 +194,7 @@ def _sweep_and_pick(
     )  # fmt: skip
     # The path's own rows lie beside them, so that the page can show what flips where.
     along = [row for lam in sorted(rows) for row in rows[lam]]
-    return workspace.finish(document, [*items, *along], follower.rows)
+    return where[0].finish(document, [*items, *along], follower.rows)
 
 
 def _walker(spec: BlendSpec, tuned: LanguageModel) -> _Walk:
