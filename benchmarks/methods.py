@@ -24,7 +24,8 @@ from keepshot.progress import Silent
 from keepshot.tuning.adapters import detach_
 from keepshot.tuning.method_specs import parse_method
 from keepshot.tuning.recipe import Recipe
-from keepshot.tuning.train import Extra, train
+from keepshot.tuning.tokenised import Extra
+from keepshot.tuning.train import train
 
 
 class Clock(Silent):

@@ -24,8 +24,10 @@ from keepshot.tuning.batch import pad, read_logits
 from keepshot.tuning.keep import KL, Mix
 from keepshot.tuning.method_specs import Full, LoRA
 from keepshot.tuning.recipe import Recipe
+from keepshot.tuning.record import TuneRecord
 from keepshot.tuning.terms import kl_divergence
-from keepshot.tuning.train import Extra, TuneRecord, train
+from keepshot.tuning.tokenised import Extra
+from keepshot.tuning.train import train
 
 Build = Callable[..., LanguageModel]
 FRUIT = ["apple", "berry", "cherry", "date", "egg", "fig", "grape", "honey", "ice", "jam", "kiwi"]

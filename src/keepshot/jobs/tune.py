@@ -26,7 +26,9 @@ from keepshot.tuning.data import hold_out
 from keepshot.tuning.keep import Mix, anchor_names, find_term
 from keepshot.tuning.mixture import lines
 from keepshot.tuning.recipe import Recipe
-from keepshot.tuning.train import Extra, TuneRecord, train
+from keepshot.tuning.record import TuneRecord
+from keepshot.tuning.tokenised import Extra
+from keepshot.tuning.train import train
 
 VALIDATION_SHARE = 0.1
 
