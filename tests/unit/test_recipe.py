@@ -57,6 +57,7 @@ def test_steps_and_rate_are_filled_in():
         ({"learning_rte": 1}, "`learning_rte` is unknown; nearest is 'learning_rate'"),
         ({"keep": [{"name": "kl"}, {"name": "kl"}]}, "term 'kl' is given twice"),
         ({"keep": [{"name": "kl", "shots": [8, 2]}]}, "the fewest shots come first"),
+        ({"keep": [{"name": "kl", "direction": "k3", "top_k": 9}]}, "`top_k` has no use with k3"),
         ({"keep": [{"name": "mix", "general_share": 0.1}]}, "given together or not at all"),
         ({"keep": [{"name": "mix", "icl_share": 0.0}]}, "nothing to mix in"),
         ({"method": {"name": "lora", "rank": 0}}, "greater than 0"),

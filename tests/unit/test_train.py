@@ -115,6 +115,23 @@ def test_the_cache_limits_the_pool(fresh_pico: Build):
     assert 0.8 * 2**20 < sum(sizes) <= 2**20
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_cache_of_top_tokens_is_small_and_holds_as_well(direction: Any, fresh_pico: Build):
+    untuned, free, held = (fresh_pico("llama") for _ in range(3))
+    head = untuned.module.get_output_embeddings()
+    term = KL(prompts=24, direction=direction, top_k=8)
+    prompts = draw_prompts(untuned, [ANCHOR], term, max_length=512, seed=0)
+    pool = cache_teacher(untuned, prompts, term, head=head)
+    count = sum(len(sample.read) for sample in prompts)
+    assert sum(table.numel() for table in pool.log_probs) == 9 * count
+    with torch.no_grad():
+        value = AnchorKL("kl", 5.0, pool, direction, 0)(untuned.module, 0, head)
+    assert abs(value.item()) < 1e-6
+    tune(free, steps=30)
+    tune(held, steps=30, keep=(term,))
+    assert divergence(held, untuned, term, 9) < 0.5 * divergence(free, untuned, term, 9)
+
+
 def test_anchor_prompts_vary_in_shots_and_fit(fresh_pico: Build):
     model = fresh_pico("llama")
     term = KL(prompts=40, shots=(2, 8))

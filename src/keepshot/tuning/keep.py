@@ -37,6 +37,9 @@ class KL(Spec):
     """Size of the pool of prompts; fewer if their cached probabilities would not fit `cache_mb`."""
     cache_mb: PositiveInt = 384
     """Most megabytes for the untuned model's probabilities, which are computed once."""
+    top_k: PositiveInt | None = None
+    """Of each cached distribution only the likeliest tokens, and what is left as one more; left
+    out, all of it. For `forward` and `reverse`."""
     tasks: str = "anchors"
     """Suite, tasks or example files (comma-separated) from which the prompts are drawn."""
 
@@ -44,6 +47,8 @@ class KL(Spec):
     def _check_shots(self) -> Self:
         if self.shots[0] > self.shots[1]:
             raise ValueError("the fewest shots come first, such as [2, 8]")
+        if self.top_k is not None and self.direction == "k3":
+            raise ValueError("`top_k` has no use with k3, which caches one number a token")
         return self
 
 
