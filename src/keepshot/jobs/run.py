@@ -154,6 +154,7 @@ class _Run:
                     self.target.train,
                     trained_dir,
                     anchors=self.anchors[arm],
+                    validation=self.target.validation if recipe.auto else (),
                     progress=self.progress,
                     extra=self.extra[arm],
                 )

@@ -22,6 +22,7 @@ from keepshot.records import ResultDocument
 from keepshot.tasks.catalog import is_path, resolve_tasks
 from keepshot.tasks.source import Row, read_rows
 from keepshot.tasks.task import Task
+from keepshot.tuning.card import decided
 from keepshot.tuning.data import hold_out
 from keepshot.tuning.keep import Mix, anchor_names, find_term
 from keepshot.tuning.mixture import lines
@@ -74,7 +75,7 @@ def tune(
         summary=[],
         cost=records.Cost(seconds=record.seconds),
         training=[record.training_record("tuned")],
-        notes=[_words(record), "\n".join(lines(record.sources))],
+        notes=["\n".join((_words(record), *decided(record))), "\n".join(lines(record.sources))],
     )
     return workspace.finish(document, [])
 

@@ -167,17 +167,12 @@ _T = TypeVar("_T", bound=Spec)
 
 
 def parse_keep(text: str) -> tuple[KeepTerm, ...]:
-    """Return the terms that `--keep` names: `auto`, `none`, or names joined by commas.
-
-    `auto` is the KL term: of what was tried, it alone kept few-shot ability on tasks that the
-    anchors do not resemble, at no cost to the target.
+    """Return the terms that `--keep` names: `none`, or names joined by commas.
 
     Raises:
         ConfigError: if there is no such term.
     """
     match text:
-        case "auto":
-            return (KL(),)
         case "none":
             return ()
         case _:

@@ -29,6 +29,7 @@ from keepshot.models.conversion import quiet_transformers
 from keepshot.outputs import write_text
 from keepshot.progress import Progress
 from keepshot.tuning.batch import Padded, Sample, group, pad, read_logits
+from keepshot.tuning.guard import ICLGuard
 from keepshot.tuning.methods import Prepared, training
 from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.terms import next_token
@@ -69,6 +70,9 @@ class Loop:
     terms: Sequence[StepTerm]
     head: Any
     state_dir: Path | None
+    guard: ICLGuard | None = None
+    """Watches, if there is one; needs `tokenizer`."""
+    tokenizer: Any = None
 
 
 def run(loop: Loop, losses: list[dict[str, float]], progress: Progress) -> None:
@@ -114,8 +118,11 @@ class _KeepTrainer(Trainer):
             train_dataset=_Samples(loop.samples),
             data_collator=_collate,
             callbacks=[callback],
+            processing_class=loop.tokenizer,
         )
         self.remove_callback(PrinterCallback)
+        if loop.guard is not None:
+            loop.guard.watch(self)
         self.loop = loop
         self.latest: dict[str, float] = {}
         self._good: tuple[int, list[Tensor]] | None = None

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from keepshot.specs import Spec
-from keepshot.tuning.keep import SelfDistil, Term, TokenMask, check_terms, parse_keep
+from keepshot.tuning.keep import KL, SelfDistil, Term, TokenMask, check_terms, parse_keep
 from keepshot.tuning.method_specs import (
     LoRA,
     Method,
@@ -19,6 +19,32 @@ from keepshot.tuning.method_specs import (
     default_learning_rate,
     parse_method,
 )
+
+GUARD_TASKS = ("title-case", "link-words")
+"""Word tasks that a small model does from examples; the anchors of `auto` leave them out, and no
+suite has them, so that what is asked while training is neither trained on nor measured later."""
+AUTO_TERM = KL(
+    tasks="upper-case,repeat-words,drop-vowels,spell-out",
+    prompts_per_step=1, prompts=64, shots=(2, 5), top_k=64,
+)  # fmt: skip
+"""What holds the model under `--keep auto`; chosen on validation items (docs/LOG.md)."""
+
+
+class Auto(Spec):
+    """What a run finds out by itself: its learning rate before, and lambda after training."""
+
+    trial_steps: PositiveInt = 8
+    """Steps of each short run of the search for a learning rate; none where the recipe has one."""
+    least_steps: PositiveInt = 75
+    """Steps of training at least, where `epochs` passes over the data are fewer."""
+    guard_tasks: tuple[str, ...] = GUARD_TASKS
+    """Tasks made by code that are asked while training, and that judge lambda."""
+    guard_items: PositiveInt = 32
+    """Questions of each of them, at 4 shots."""
+    tolerance: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Share of few-shot ability on them that may be lost before lambda is lowered."""
+    lambdas: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5)
+    """What is tried then, the first that holds is taken."""
 
 
 class Recipe(Spec):
@@ -37,8 +63,10 @@ class Recipe(Spec):
     """Which parameters train."""
     keep: tuple[Term, ...] = ()
     """Terms that hold on to few-shot ability; empty for plain tuning."""
+    auto: Auto | None = None
+    """Find a learning rate, watch few-shot ability, and end with a lambda; null does none of it."""
     learning_rate: PositiveFloat | None = None
-    """Peak learning rate of AdamW; left out, the method's default."""
+    """Peak learning rate of AdamW; left out, what `auto` finds or else the method's default."""
     steps: PositiveInt | None = None
     """Optimiser steps; left out, what `epochs` gives."""
     epochs: PositiveFloat = 3.0
@@ -81,12 +109,13 @@ class Recipe(Spec):
     def resolved(self, num_rows: int) -> Recipe:
         """Return this recipe with learning rate and steps filled in for `num_rows` samples."""
         rate = self.learning_rate or default_learning_rate(self.method)
-        steps = self.steps or max(1, round(self.epochs * num_rows / self.batch_size))
+        least = self.auto.least_steps if self.auto else 1
+        steps = self.steps or max(least, round(self.epochs * num_rows / self.batch_size))
         return self.model_copy(update={"learning_rate": rate, "steps": steps})
 
 
 def auto(data: str, *, model: str, keep: str = "auto", method: str | None = None) -> Recipe:
-    """Return the recipe that the command line means by `--keep auto`: LoRA held by a KL term.
+    """Return the recipe that the command line means: by default LoRA, and all of `--keep auto`.
 
     Args:
         data: task name or path of an examples file.
@@ -98,7 +127,11 @@ def auto(data: str, *, model: str, keep: str = "auto", method: str | None = None
         ConfigError: if the method or a term is unknown, or the two do not go together.
     """
     chosen = LoRA() if method is None else parse_method(method)
-    if keep == "auto" and isinstance(chosen, PromptTuning):
-        keep = "none"  # the model itself does not change
-    content = {"model": model, "data": data, "method": chosen, "keep": parse_keep(keep)}
+    content: dict[str, object] = {"model": model, "data": data, "method": chosen}
+    if keep != "auto":
+        content["keep"] = parse_keep(keep)
+    else:
+        content["auto"] = Auto()
+        # A soft prompt alone leaves the model as it is, so nothing has to be held.
+        content["keep"] = () if isinstance(chosen, PromptTuning) else (AUTO_TERM,)
     return Recipe.from_mapping(content, source="tune")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keepshot.records import TrainingRecord
+from keepshot.tuning.auto import Decisions
 from keepshot.tuning.mixture import Branch
 
 
@@ -39,6 +40,8 @@ class TuneRecord:
     """Rows whose answer is the model's own wording, by a `self-distil` term."""
     sources: tuple[Branch, ...] = ()
     """What each step reads: a tree of sources with sizes and fingerprints."""
+    auto: Decisions | None = None
+    """What `auto` found out, if it was asked for."""
     losses: list[dict[str, float]] = field(default_factory=list)
     """One row a step: `step`, `loss`, and each of its parts before weighting."""
     validation_loss: float | None = None

@@ -19,7 +19,9 @@ from keepshot.progress import Progress, Silent
 from keepshot.tasks.source import Row
 from keepshot.tasks.task import Task
 from keepshot.tuning.anchors import AnchorKL, cache_teacher
+from keepshot.tuning.auto import run_auto
 from keepshot.tuning.batch import fingerprint, mean_loss
+from keepshot.tuning.card import write_card
 from keepshot.tuning.distil import Rewritten, rewrite
 from keepshot.tuning.keep import EWC, KL, L2SP, FewShot, Mix, SelfDistil, TokenMask, find_term
 from keepshot.tuning.loop import StepTerm
@@ -64,7 +66,8 @@ def train(
         extra: what only some runs need.
 
     Raises:
-        ConfigError: if the recipe asks for anchors or general data that were not given.
+        ConfigError: if the recipe asks for anchors, general data or held-out rows that were not
+            given.
         TaskError: if a row cannot be used.
         TrainingError: if the loss is not a number: the last good weights are in the module then,
             and in `out_dir` if given.
@@ -78,7 +81,7 @@ def train(
     own = rewrite(model, examples, rewriting) if rewriting else Rewritten(list(examples), 0)
     data = tokenise(recipe, model, own.rows, anchors=anchors, validation=validation, extra=extra)
     encoded, held_out = data.encoded, data.held_out
-    recipe = recipe.resolved(len(encoded.samples))
+    asked, recipe = recipe, recipe.resolved(len(encoded.samples))
     head: Any = model.module.get_output_embeddings()
     masked = _masked(recipe, model, data, head)
     terms = _before(recipe, model, data, head)
@@ -91,8 +94,12 @@ def train(
         lambda prepared: [*terms, *_after(recipe, prepared, data, head)],
         head,
         extra.state_dir,
+        tokenizer=model.tokenizer,
     )
-    done = run_stages(work, progress or Silent())
+    if recipe.auto is None:
+        done, decisions = run_stages(work, progress or Silent()), None
+    else:
+        done, decisions = run_auto(asked, work, model, held_out, progress or Silent())
     prepared, losses = done.prepared, done.losses
     record = TuneRecord(
         recipe=recipe.model_dump(mode="json"),
@@ -101,7 +108,7 @@ def train(
         model_sha256=model.sha256,
         method=recipe.method.name,
         keep=[term.name for term in recipe.keep],
-        learning_rate=recipe.learning_rate or 0.0,
+        learning_rate=decisions.learning_rate if decisions else recipe.learning_rate or 0.0,
         steps=len(losses),
         batch_size=recipe.batch_size,
         seed=recipe.seed,
@@ -116,6 +123,7 @@ def train(
         num_masked_samples=masked.num_samples,
         num_rewritten=own.num_rewritten,
         sources=source_tree(recipe, data),
+        auto=decisions,
         losses=losses,
         validation_loss=mean_loss(model, prompted(model, held_out, recipe.data))
         if held_out
@@ -124,6 +132,7 @@ def train(
     if out_dir is not None and losses:
         export(prepared, model, out_dir)
         write_text(json.dumps(dataclasses.asdict(record), indent=1) + "\n", out_dir / "tuning.json")
+        write_card(record, out_dir)
     if done.failure is not None:
         raise done.failure
     return record
