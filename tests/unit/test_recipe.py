@@ -79,6 +79,7 @@ def test_steps_and_rate_are_filled_in():
         ({"keep": [{"name": "kl", "direction": "k3", "top_k": 9}]}, "`top_k` has no use with k3"),
         ({"keep": [{"name": "mix", "general_share": 0.1}]}, "given together or not at all"),
         ({"keep": [{"name": "mix", "icl_share": 0.0}]}, "nothing to mix in"),
+        ({"batch_size": 16, "accumulate": 3}, "cannot be divided into accumulate = 3 parts"),
         ({"method": {"name": "lora", "rank": 0}}, "greater than 0"),
     ],
 )

@@ -189,6 +189,30 @@ def test_weights_broken_by_the_last_step_are_noticed(
     assert equal(weights(model), before)
 
 
+@pytest.mark.parametrize("method", [Full(), LoRA(rank=2)], ids=lambda m: m.name)
+def test_parts_of_a_batch_and_checkpointing_change_nothing(method: Any, fresh_pico: Build):
+    keep = (KL(prompts=8, prompts_per_step=1),)
+    whole, parts, again = (fresh_pico("llama") for _ in range(3))
+    expected = tune(whole, method=method, keep=keep, learning_rate=1e-3)
+    divided = tune(parts, method=method, keep=keep, learning_rate=1e-3, accumulate=3)
+    for one, other in zip(expected.losses, divided.losses, strict=True):
+        assert other == pytest.approx(one, abs=1e-5)
+    recomputed = tune(again, method=method, keep=keep, learning_rate=1e-3, checkpointing=True)
+    assert recomputed.losses == expected.losses
+    assert equal(weights(again), weights(whole))
+
+
+def test_bfloat16_is_close_and_the_weights_stay_as_they_were_loaded(fresh_pico: Build):
+    plain, coarse = fresh_pico("llama"), fresh_pico("llama")
+    expected = tune(plain, learning_rate=1e-3, steps=4).losses
+    found = tune(coarse, learning_rate=1e-3, steps=4, bf16=True).losses
+    assert found != expected
+    assert [row["loss"] for row in found] == pytest.approx(
+        [row["loss"] for row in expected], rel=0.05
+    )
+    assert {str(weight.dtype) for weight in weights(coarse).values()} == {"torch.float32"}
+
+
 def test_states_of_another_recipe_are_not_taken_up(fresh_pico: Build, tmp_path: Path):
     state_dir = tmp_path / "state"
     (state_dir / "checkpoint-3").mkdir(parents=True)
@@ -241,6 +265,7 @@ def test_progress_is_told_of_every_step(fresh_pico: Build):
         ({"keep": (KL(),)}, "the kl term has no anchor tasks"),
         ({"keep": (Mix(),)}, "the mix term has no anchor tasks"),
         ({"max_length": 100_000}, "max_length 100000 is more than the context"),
+        ({"report_to": ("no-such-tracker",)}, "report_to .*no-such-tracker.* is not supported"),
         ({"keep": (Mix(icl_share=0.4),), "batch_size": 1}, "leaves no room for the target"),
     ],
 )

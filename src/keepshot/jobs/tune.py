@@ -19,6 +19,7 @@ from keepshot.models.reference import parse_reference
 from keepshot.progress import Progress
 from keepshot.prompts import Template
 from keepshot.records import ResultDocument
+from keepshot.scoring.processes import ALONE, Processes
 from keepshot.tasks.catalog import is_path, resolve_tasks
 from keepshot.tasks.source import Row, read_rows
 from keepshot.tasks.task import Task
@@ -35,9 +36,20 @@ VALIDATION_SHARE = 0.1
 
 
 def tune(
-    spec: TuneSpec, store: AssetStore, workspace: Workspace, progress: Progress
+    spec: TuneSpec,
+    store: AssetStore,
+    workspace: Workspace | None,
+    progress: Progress,
+    processes: Processes = ALONE,
 ) -> ResultDocument:
     """Tune by `spec.recipe` and write `adapter/` or `model/` with what was done.
+
+    Args:
+        spec: what is asked.
+        store: where assets are cached.
+        workspace: the run directory; None in all processes but the first.
+        progress: told of stages.
+        processes: those that share each batch.
 
     Raises:
         UserError: before the model is loaded, wherever the fault can be seen by then.
@@ -47,23 +59,28 @@ def tune(
     progress.stage("reading data")
     rows, validation, template, origins = _rows(recipe, store)
     anchors = anchor_tasks(recipe, store)
-    workspace.begin()
+    if workspace is not None:
+        workspace.begin()
+    state_dir = processes.of_first(workspace.part("state") if workspace else Path())
     extra = Extra(
         template=template,
         general=general_rows(recipe, store),
         origins=origins,
-        state_dir=workspace.part("state"),
+        state_dir=state_dir,
     )
     progress.stage(f"loading {recipe.model}")
-    model = load_as(spec, recipe.model, store)
+    local = processes.size > 1 and spec.device == "cuda"
+    device = f"cuda:{processes.local_rank}" if local else None
+    model = load_as(spec, recipe.model, store, device=device)
     untuned = model_record(model)
     progress.stage("tuning")
-    with naming_what_is_kept(None, workspace.path):
+    out_dir = workspace.path if workspace else None
+    with naming_what_is_kept(None, out_dir or Path()):
         record = train(
             recipe,
             model,
             rows,
-            workspace.path,
+            out_dir,
             anchors=anchors,
             validation=validation,
             progress=progress,
@@ -73,11 +90,11 @@ def tune(
         models=[untuned],
         scores=[],
         summary=[],
-        cost=records.Cost(seconds=record.seconds),
+        cost=records.Cost(seconds=record.seconds, processes=processes.size),
         training=[record.training_record("tuned")],
         notes=["\n".join((_words(record), *decided(record))), "\n".join(lines(record.sources))],
     )
-    return workspace.finish(document, [])
+    return workspace.finish(document, []) if workspace else document
 
 
 @contextmanager

@@ -50,7 +50,7 @@ class Auto(Spec):
 class Recipe(Spec):
     """One tuning run."""
 
-    no_effect_on_results: ClassVar[frozenset[str]] = frozenset({"save_every"})
+    no_effect_on_results: ClassVar[frozenset[str]] = frozenset({"save_every", "report_to"})
 
     model: str = "smollm2-135m-instruct"
     """Reference of the model to tune."""
@@ -87,8 +87,16 @@ class Recipe(Spec):
     """The gradient of all parameters together is scaled down to this norm."""
     seed: int = Field(default=0, ge=0)
     """Fixes the order of samples, the adapter's initial weights and the anchor prompts."""
+    accumulate: PositiveInt = 1
+    """Parts in which each batch goes through the model, for less memory; the loss is the same."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+    bf16: bool = False
+    """Compute in bfloat16 where that is safe (autocast); weights stay as they are loaded."""
     save_every: PositiveInt = 50
     """Steps between resume states, where a directory for them is given."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that every step is logged to: trackio, wandb, mlflow, tensorboard, ..."""
 
     @model_validator(mode="after")
     def _check_terms(self) -> Self:
@@ -99,6 +107,11 @@ class Recipe(Spec):
             raise ValueError(
                 f"term {other[0]!r} would reach nothing that trains: prompt-tuning leaves the "
                 "model as it is, and other tasks do not see the prompt; leave the terms out"
+            )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be divided into accumulate = "
+                f"{self.accumulate} parts"
             )
         if self.data_shares is not None and abs(sum(self.data_shares) - 1.0) > 1e-6:
             raise ValueError(
