@@ -10,6 +10,7 @@ from pathlib import Path
 from keepshot import records
 from keepshot.assets import AssetStore
 from keepshot.errors import ConfigError, TrainingError
+from keepshot.jobs.hub import HUB, read_hub
 from keepshot.jobs.ledger import model_record
 from keepshot.jobs.loading import load_as
 from keepshot.jobs.specs import TuneSpec
@@ -123,6 +124,8 @@ def general_rows(recipe: Recipe, store: AssetStore) -> Sequence[Row]:
     mix = find_term(recipe.keep, Mix)
     if mix is None or mix.general_data is None:
         return ()
+    if mix.general_data.startswith(HUB):
+        return read_hub(mix.general_data.removeprefix(HUB))
     if is_path(mix.general_data):
         return read_rows(Path(mix.general_data))
     return load_target(mix.general_data, store).train

@@ -75,7 +75,8 @@ class Mix(Spec):
     """Share of each batch that comes from `general_data`."""
     general_data: str | None = None
     """General instructions: `instructions` (embedded, 30 kinds), `instructions-homogeneous` (as
-    many of one kind), another task to tune on, or the path of an examples file."""
+    many of one kind), another task to tune on, the path of an examples file, or a data set of the
+    hub, `hub:OWNER/NAME` or `hub:OWNER/NAME:SPLIT`, also a local directory of that layout."""
 
     @model_validator(mode="after")
     def _check_shares(self) -> Self:

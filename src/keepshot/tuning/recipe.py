@@ -75,8 +75,11 @@ class Recipe(Spec):
     """Samples in each step, apart from a KL term's prompts."""
     max_length: PositiveInt | None = None
     """Longest sample in tokens; left out, the model's context length."""
-    long_rows: Literal["error", "drop"] = "error"
-    """What happens to longer samples. Dropped ones are counted in the record; none is ever cut."""
+    long_rows: Literal["error", "drop", "cut"] = "error"
+    """What happens to longer samples: `drop` leaves them out, `cut` takes their first tokens and
+    leaves those out of whose answer nothing is left. What is left out is counted in the record."""
+    most_unanswered: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Largest share of rows whose answers `cut` may lose wholly; more is an error."""
     warmup: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of the steps in which the learning rate rises from zero."""
     scheduler: Literal["constant", "linear", "cosine"] = "linear"

@@ -32,6 +32,10 @@ class TuneRecord:
     tokens: int
     """Tokens of the training samples that went through the model, the KL term's not counted."""
     seconds: float
+    num_cut: int = 0
+    """Samples that are only the beginning of their row."""
+    num_unanswered: int = 0
+    """Rows left out since nothing of the answer was left after cutting."""
     num_masked_tokens: int = 0
     """Answer tokens that an `stm` term left out of the loss, among different samples."""
     num_masked_samples: int = 0

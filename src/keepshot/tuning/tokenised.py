@@ -84,6 +84,8 @@ def tokenise(
     encoded = Encoded(
         tuple(sample for _, part in parts for sample in part.samples),
         sum(part.num_dropped for _, part in parts),
+        sum(part.num_cut for _, part in parts),
+        sum(part.num_unanswered for _, part in parts),
     )
     held_out = _encode(recipe, model, validation, template, recipe.data) if validation else None
     added = find_term(recipe.keep, Mix)
@@ -150,6 +152,7 @@ def _encode(
         template=template,
         max_length=_limit(recipe, model),
         long_rows=recipe.long_rows,
+        most_unanswered=recipe.most_unanswered,
         source=source,
     )
 

@@ -119,6 +119,8 @@ def train(
         data_fingerprint=fingerprint(encoded.samples),
         tokens=done.tokens,
         seconds=time.perf_counter() - began,
+        num_cut=encoded.num_cut,
+        num_unanswered=encoded.num_unanswered,
         num_masked_tokens=masked.num_tokens,
         num_masked_samples=masked.num_samples,
         num_rewritten=own.num_rewritten,
