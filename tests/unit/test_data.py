@@ -144,8 +144,8 @@ def test_cut_rows_keep_what_is_left_of_their_answers(model: LanguageModel):
 
     def cut(most: float) -> Encoded:
         return encode_rows(
-            model, rows, template=Template(), max_length=14 + opening, long_rows="cut", source="my.jsonl",
-            most_unanswered=most,
+            model, rows, template=Template(), max_length=14 + opening, long_rows="cut",
+            source="my.jsonl", most_unanswered=most,
         )  # fmt: skip
 
     found = cut(0.34)

@@ -26,7 +26,7 @@ from keepshot.tasks.source import Row, read_rows
 from keepshot.tasks.task import Task
 from keepshot.tuning.card import decided
 from keepshot.tuning.data import hold_out
-from keepshot.tuning.keep import Mix, anchor_names, find_term
+from keepshot.tuning.keep import OWN, Mix, anchor_names, find_term
 from keepshot.tuning.mixture import lines
 from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.record import TuneRecord
@@ -112,7 +112,7 @@ def naming_what_is_kept(arm: str | None, out_dir: Path) -> Generator[None]:
 def anchor_tasks(recipe: Recipe, store: AssetStore) -> list[Task]:
     """Return the tasks from which the recipe's keep terms draw their few-shot prompts."""
     names = anchor_names(recipe.keep)
-    return resolve_tasks([names], store) if names else []
+    return resolve_tasks([names], store) if names and names != OWN else []
 
 
 def general_rows(recipe: Recipe, store: AssetStore) -> Sequence[Row]:

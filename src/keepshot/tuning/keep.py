@@ -15,6 +15,8 @@ from keepshot.errors import ConfigError, unknown
 from keepshot.specs import Spec
 
 Learned = Literal["last", "every"]
+OWN = "self"
+"""What `tasks` says where the untuned model writes its own anchors."""
 
 
 class KL(Spec):
@@ -41,7 +43,8 @@ class KL(Spec):
     """Of each cached distribution only the likeliest tokens, and what is left as one more; left
     out, all of it. For `forward` and `reverse`."""
     tasks: str = "anchors"
-    """Suite, tasks or example files (comma-separated) from which the prompts are drawn."""
+    """Suite, tasks or example files (comma-separated) from which the prompts are drawn, or `self`:
+    the untuned model writes them."""
 
     @model_validator(mode="after")
     def _check_shots(self) -> Self:
@@ -70,7 +73,7 @@ class Mix(Spec):
     """`symbols` puts arbitrary words in the labels' places, others in each sample, so that they can
     only be read off the demonstrations (arXiv 2305.08298); for classification."""
     tasks: str = "anchors"
-    """Suite, tasks or example files (comma-separated) from which they are drawn."""
+    """Suite, tasks or example files (comma-separated) from which they are drawn, or `self`."""
     general_share: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of each batch that comes from `general_data`."""
     general_data: str | None = None
@@ -128,7 +131,8 @@ class EWC(Spec):
     shots: tuple[PositiveInt, PositiveInt] = (2, 8)
     """Fewest and most demonstrations in such a prompt."""
     tasks: str = "anchors"
-    """Suite, tasks or example files (comma-separated) from which the prompts are drawn."""
+    """Suite, tasks or example files (comma-separated) from which the prompts are drawn, or `self`:
+    the untuned model writes them."""
 
     @model_validator(mode="after")
     def _check_shots(self) -> Self:

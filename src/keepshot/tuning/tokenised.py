@@ -19,7 +19,7 @@ from keepshot.tasks.task import Task
 from keepshot.tuning.anchors import draw_prompts
 from keepshot.tuning.batch import Sample
 from keepshot.tuning.data import Encoded, encode_rows
-from keepshot.tuning.keep import EWC, KL, FewShot, Mix, find_term
+from keepshot.tuning.keep import EWC, KL, OWN, FewShot, Mix, anchor_names, find_term
 from keepshot.tuning.method_specs import prompt_tokens
 from keepshot.tuning.mixture import (
     Branch,
@@ -30,6 +30,7 @@ from keepshot.tuning.mixture import (
     given_tasks,
     mix,
 )
+from keepshot.tuning.own_anchors import write_tasks
 from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.stages import under_prompt
 
@@ -77,6 +78,8 @@ def tokenise(
         ConfigError, TaskError: as `train` does.
     """
     template, limit = extra.template, _limit(recipe, model)
+    if anchor_names(recipe.keep) == OWN:
+        anchors = write_tasks(model, recipe.seed)
     parts = [
         (name, _encode(recipe, model, rows, template, name))
         for name, rows in _by_origin(recipe, examples, extra)
