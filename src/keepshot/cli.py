@@ -164,7 +164,7 @@ def tune(
         place = open_workspace(out, "tuned", spec, overwrite) if first else nullcontext()
         with place as workspace:
             document = tune_job(spec, open_store(accept_licence), workspace, screen, processes)
-    if first:
+    if workspace is not None:
         show(document, as_json, workspace.out_dir)
 
 

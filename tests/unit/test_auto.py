@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,15 @@ from keepshot.tasks.catalog import task_from_file
 from keepshot.tasks.task import Task
 from keepshot.tuning.adapters import detach_
 from keepshot.tuning.auto import Decisions
+from keepshot.tuning.card import card
 from keepshot.tuning.guard import ICLGuard, Probe, Reading
 from keepshot.tuning.keep import KL
-from keepshot.tuning.lowering import find_lambda
+from keepshot.tuning.lowering import Point, find_lambda
 from keepshot.tuning.method_specs import Full, LoRA, ProMoT, PromptTuning, default_learning_rate
 from keepshot.tuning.methods import prepare
 from keepshot.tuning.recipe import Auto, Recipe
 from keepshot.tuning.record import TuneRecord
+from keepshot.tuning.short_runs import Trial
 from keepshot.tuning.tokenised import Extra
 from keepshot.tuning.train import train
 
@@ -255,6 +258,24 @@ def test_where_no_lambda_helps_every_bit_stays(fresh_pico: Build):
     )
     assert lam == 1.0
     assert equal(full, now)
+
+
+def test_the_card_says_where_a_short_run_broke():
+    broken = Trial(1.0, None, None)
+    assert broken.total == math.inf
+    found = Decisions(
+        1e-3, "x", 8, "x", (Trial(1e-3, 0.5, 0.25), broken), (),
+        (Point(1.0, 0.5, (0.4, 0.6), 1.5),), 1.0, "x", 0.0,
+    )  # fmt: skip
+    record = TuneRecord(
+        recipe={"data": "x"}, recipe_fingerprint="r", model="m", model_sha256="s", method="lora",
+        keep=[], learning_rate=1e-3, steps=1, batch_size=1, seed=0, num_trainable=1, num_rows=1,
+        num_dropped=0, num_validation=0, data_fingerprint="d", tokens=1, seconds=0.0,
+        losses=[{"loss": 1.0}], auto=found,
+    )  # fmt: skip
+    text = card(record, "adapter")
+    assert "| 0.001 | 0.500 | 0.250 |\n| 1 | broke | broke |" in text
+    assert "| 1 | 0.50 [0.40, 0.60] | 1.500 |" in text
 
 
 def test_record_and_card_say_what_was_decided_and_why(

@@ -94,7 +94,7 @@ def _decided(record: TuneRecord) -> list[str]:
             "|---|---|---|",
         ]
         rows += [
-            f"| {t.learning_rate:g} | {t.target_loss:.3f} | {t.keep_loss:.3f} |"
+            f"| {t.learning_rate:g} | {_loss(t.target_loss)} | {_loss(t.keep_loss)} |"
             for t in auto.trials
         ]
     if auto.path:

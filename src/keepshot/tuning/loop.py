@@ -180,7 +180,8 @@ class _KeepTrainer(Trainer):
     def _summed(self, value: Tensor) -> float:
         if self.accelerator.num_processes == 1:
             return value.item()
-        return float(self.accelerator.reduce(value.detach().double(), reduction="sum"))
+        total: Any = self.accelerator.reduce(value.detach().double(), reduction="sum")
+        return float(total)
 
     def check_weights(self) -> None:
         """Check what the last step left, which no loss has seen."""

@@ -20,7 +20,7 @@ from keepshot.progress import Progress, Silent
 from keepshot.tuning.adapters import detach_
 from keepshot.tuning.batch import schedule
 from keepshot.tuning.loop import Loop, run
-from keepshot.tuning.method_specs import default_learning_rate
+from keepshot.tuning.method_specs import ProMoT, default_learning_rate
 from keepshot.tuning.methods import prepare, seeded
 from keepshot.tuning.stages import Work
 
@@ -117,7 +117,8 @@ def find_rate(
 
 def _try(work: Work, rate: float, steps: int, target_loss: Callable[[], float]) -> Trial:
     """Train a few steps and judge what comes out; the module is as it was afterwards."""
-    recipe = work.recipe.model_copy(update={"learning_rate": rate, "steps": steps})
+    recipe = work.recipe.model_copy(update={"learning_rate": rate, "steps": steps, "report_to": ()})
+    assert not isinstance(recipe.method, ProMoT), "a method of one stage"
     prepared = prepare(recipe.method, work.module, recipe.seed)
     kept = [parameter.detach().clone() for parameter in prepared.parameters.values()]
     samples = schedule(work.sources, steps, recipe.seed)
