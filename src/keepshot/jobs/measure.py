@@ -250,6 +250,11 @@ def read_tasks(
     if measuring.template not in TEMPLATES:
         listing = f"templates are {', '.join(TEMPLATES)}"
         raise ConfigError(unknown("template", measuring.template, TEMPLATES, listing))
+    if theirs:
+        raise ConfigError(
+            f"--template {measuring.template!r} is for tasks of ours: lm-eval:{theirs[0]} words "
+            "its own prompts; drop one of the two"
+        )
     return tuple(replace(task, template=TEMPLATES[measuring.template]) for task in tasks)
 
 
