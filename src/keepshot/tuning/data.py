@@ -1,7 +1,8 @@
 r"""Rows become tokenised samples: a prompt with its answer, a conversation, or free text.
 
 `{input, output}` rows are rendered by a `Template` and tokenised as they are when measured; the
-answer ends in a newline, and only the answer is learned. Nothing is cut unless it is asked for.
+answer ends in a newline, that of `{prompt, completion}` rows in EOS, and only it is learned.
+Nothing is cut unless it is asked for.
 Knows nothing of methods and losses.
 """
 
@@ -102,7 +103,7 @@ def encode_row(model: LanguageModel, row: Row, template: Template, *, where: str
         case Example():
             return encode_few_shot(model, template, [], row)
         case PromptRow(prompt, completion):
-            return _encode_answer(model, prompt, completion)
+            return _encode_completion(model, prompt, completion)
         case MessagesRow(messages):
             return _encode_conversation(model, messages, where)
         case TextRow(text):
@@ -227,6 +228,16 @@ def _encode_answer(model: LanguageModel, context: str, completion: str) -> Sampl
     start = max(len(before), 1)
     ids = (*before, *answer)
     return Sample(ids, tuple(range(start - 1, len(ids) - 1)))
+
+
+def _encode_completion(model: LanguageModel, prompt: str, completion: str) -> Sample:
+    """Tokenise a prompt and what follows it, which may hold newlines and ends in EOS."""
+    end = _end_of_text(model)
+    if not end:
+        return _encode_answer(model, prompt, completion)
+    before, answer = model.encode_pair(prompt, completion)
+    ids = (*before, *answer, *end)
+    return Sample(ids, tuple(range(max(len(before), 1) - 1, len(ids) - 1)))
 
 
 def _encode_conversation(model: LanguageModel, messages: Sequence[Message], where: str) -> Sample:
