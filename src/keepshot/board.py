@@ -84,12 +84,17 @@ class Board:
         if self._tally is not None:
             found.append(counts_table(self._tally))
             running = self._tally.running
-            found += [Text(f"  {label}", no_wrap=True) for label in running[:MOST_RUNNING]]
+            found += [
+                Text(f"  {self._at(label)}", no_wrap=True) for label in running[:MOST_RUNNING]
+            ]
             if len(running) > MOST_RUNNING:
                 found.append(Text(f"  and {len(running) - MOST_RUNNING} more"))
-        stage = f"{self._stage}  {self._detail}".strip()
-        found.append(Text(stage, style="dim", no_wrap=True))
+        if self._tally is None or self._stage not in self._tally.running:
+            found.append(Text(self._at(self._stage), style="dim", no_wrap=True))
         return found
+
+    def _at(self, label: str) -> str:
+        return f"{label}  {self._detail}".rstrip() if label == self._stage else label
 
 
 def counts_table(tally: Tally) -> Table:
@@ -100,7 +105,7 @@ def counts_table(tally: Tally) -> Table:
         table.add_column(name, justify="right")
     table.add_row(
         str(tally.total), str(tally.done), str(len(tally.running)), str(tally.failed),
-        str(tally.left), _time(tally) or "unknown yet",
+        str(tally.left), _time(tally) or "-",
     )  # fmt: skip
     return table
 
@@ -115,4 +120,5 @@ def in_words(tally: Tally) -> str:
 
 
 def _time(tally: Tally) -> str:
-    return "" if tally.seconds_left is None else duration(tally.seconds_left)
+    over = tally.done + tally.failed == tally.total
+    return "" if tally.seconds_left is None or over else duration(tally.seconds_left)

@@ -21,7 +21,7 @@ from keepshot.report.terminal import (
 from keepshot.report.words import duration
 from keepshot.study.document import StudyDocument
 from keepshot.study.runner import Tally
-from keepshot.study.tables import COLUMNS, cells, grouped
+from keepshot.study.tables import FIGURES, figures, grouped, name_of
 from keepshot.theory.document import TheoryDocument
 
 
@@ -95,10 +95,11 @@ def show_study(document: StudyDocument, out_dir: Path | None) -> None:
     console = Console()
     for title, arms in grouped(document.arms):
         table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        for number, name in enumerate(COLUMNS):
-            table.add_column(name, justify="right" if number else "left")
+        table.add_column("arm", min_width=16, no_wrap=True, overflow="ellipsis")
+        for name in FIGURES:
+            table.add_column(name, justify="right", no_wrap=True)
         for arm in arms:
-            table.add_row(*(Text(cell) for cell in cells(arm)))
+            table.add_row(Text(name_of(arm)), *(Text(figure) for figure in figures(arm)))
         console.print(table)
     for failure in document.failures:
         reason = failure["reason"].splitlines()[0]

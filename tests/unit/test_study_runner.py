@@ -260,9 +260,7 @@ def test_a_runner_waits_for_what_another_is_at(tmp_path: Path) -> None:
     assert entered.wait(10)
     second = StudyDirectory(directory.path)
     found: list[int] = []
-    other = threading.Thread(
-        target=lambda: found.append(work(grid, second, plain, Watched()).done)
-    )
+    other = threading.Thread(target=lambda: found.append(work(grid, second, plain, Watched()).done))
     other.start()
     time.sleep(0.2)
     assert other.is_alive()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Generator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pandas as pd
 import yaml
 
 from keepshot.assets import AssetStore, sha256_of
@@ -33,7 +32,7 @@ from keepshot.records import Cost, ItemResult
 from keepshot.scoring.evaluate import Plan
 from keepshot.study.directory import StudyDirectory
 from keepshot.study.document import StudyDocument
-from keepshot.study.frame import arms, item_frame, score_frame, write_frames
+from keepshot.study.frame import Frame, arms, item_frame, score_frame, write_frames
 from keepshot.study.grid import (
     Grid,
     StudySpec,
@@ -55,7 +54,7 @@ from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.train import Extra, train
 
 RECORD = "study.json"
-TIMES_AGAIN = 3
+TIMES_AGAIN = 20
 """How often a worker of Ray that died is replaced."""
 
 
@@ -106,10 +105,11 @@ def study(
     write_text(json.dumps(environment(), indent=1), directory.path / "environment.json")
     limit = None if running.limit_minutes is None else 60.0 * running.limit_minutes
     if running.engine == "local":
-        work(
-            grid, directory, worker.perform, watch,
-            limit_seconds=limit, keep_models=spec.keep_models,
-        )  # fmt: skip
+        with _freeing_fast():
+            work(
+                grid, directory, worker.perform, watch,
+                limit_seconds=limit, keep_models=spec.keep_models,
+            )  # fmt: skip
     else:
         _work_apart(worker, grid, running, limit)
     watch.stage("writing the frame and the report")
@@ -181,7 +181,7 @@ def finish(spec: StudySpec, grid: Grid, directory: StudyDirectory) -> StudyDocum
 
 def document_of(
     spec: StudySpec, grid: Grid, directory: StudyDirectory
-) -> tuple[StudyDocument, tuple[pd.DataFrame, pd.DataFrame]]:
+) -> tuple[StudyDocument, tuple[Frame, Frame]]:
     """Return a study's results so far, and its frames of items and of scores."""
     records = directory.records(grid.units)
     items = item_frame(spec, grid, records, directory.rows)
@@ -214,7 +214,7 @@ class Worker:
         self._tasks: dict[str, Task] = {}
         self._base: tuple[str, LanguageModel] | None = None
         self._tuned: tuple[str, LanguageModel] | None = None
-        self._ledger = Ledger(None, watch)
+        self._ledger = Ledger(None, _Steps(watch))
         self._loading = 0.0
 
     # -- tasks -----------------------------------------------------------------------------
@@ -366,7 +366,7 @@ class Worker:
 
     def load(self, reference: str) -> LanguageModel:
         """Load a model as the study says, counting the time."""
-        self._ledger = Ledger(None, self.watch)  # lets go of the last model's engine
+        self._ledger = Ledger(None, _Steps(self.watch))  # lets go of the last model's engine
         gc.collect()
         began = time.perf_counter()
         model = load(
@@ -380,6 +380,21 @@ class Worker:
         return model
 
 
+@contextmanager
+def _freeing_fast() -> Generator[None]:
+    """Leave what is there now out of garbage collection within the block.
+
+    Modules hold each other in cycles, so a model is freed by collecting; walking through all that
+    torch and transformers are would take half a second each time.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def tokens_read(sources: Sequence[Branch], steps: int) -> int:
     """Return the tokens of all samples that a tuning reads, those of its keep terms included."""
     each_step = sum(one.per_step * one.tokens / max(1, one.samples) for one in sources)
@@ -387,6 +402,17 @@ def tokens_read(sources: Sequence[Branch], steps: int) -> int:
 
 
 # -- Ray ---------------------------------------------------------------------------------------
+
+
+class _Steps(Silent):
+    """Passes on the steps within a unit; its stage has the unit's own name."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    def update(self, done: int, total: int, detail: str = "") -> None:
+        """Pass on."""
+        self._watch.update(done, total, detail)
 
 
 class _Unwatched(Silent):
@@ -412,10 +438,11 @@ def _work_in_worker(share: _Share) -> None:
     worker = Worker(share.spec, share.store, StudyDirectory(share.out_dir), _Unwatched())
     grid = grid_of(share.spec, share.store)
     limit = None if share.deadline is None else share.deadline - time.time()
-    work(
-        grid, worker.directory, worker.perform, _Unwatched(),
-        limit_seconds=limit, keep_models=share.spec.keep_models,
-    )  # fmt: skip
+    with _freeing_fast():
+        work(
+            grid, worker.directory, worker.perform, _Unwatched(),
+            limit_seconds=limit, keep_models=share.spec.keep_models,
+        )  # fmt: skip
 
 
 def _work_apart(worker: Worker, grid: Grid, running: Running, limit: float | None) -> None:

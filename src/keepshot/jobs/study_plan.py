@@ -26,7 +26,7 @@ from keepshot.study.directory import StudyDirectory, UnitRecord
 from keepshot.study.grid import MOST_UNITS, StudySpec, Unit
 from keepshot.study.runner import Watch
 from keepshot.tuning.keep import KL, FewShot
-from keepshot.tuning.method_specs import LoRA, PromptTuning
+from keepshot.tuning.method_specs import LoRA, ProMoT, PromptTuning
 from keepshot.tuning.mixture import branch
 from keepshot.tuning.train import Extra, tokenise, train
 
@@ -211,14 +211,20 @@ class _Estimator:
             for term in recipe.keep
             if isinstance(term, KL | FewShot)
         ]
-        return tokens_read([*data.mixture.tree, *beside], resolved.steps or 1)
+        method = recipe.method
+        first = isinstance(method, ProMoT) and method.prompt == "trained"
+        steps = (resolved.steps or 1) + (method.prompt_steps if first else 0)
+        return tokens_read([*data.mixture.tree, *beside], steps)
 
     def _count_memory(self, unit: Unit, light: LanguageModel) -> None:
-        """Count copies of the weights: a tuned one trains with gradients and two moments."""
+        """Count copies of the weights, as measured where Linux reports the peak.
+
+        What trains as a whole has gradients, two moments, and copies while it is stepped.
+        """
         copies = {"base": 1, "tuned": 1, "blend": 3}[unit.subject.stage]
         if unit.kind == "tune":
             method = self.worker.spec.recipes[str(unit.subject.recipe)].method
-            copies = 1 if isinstance(method, LoRA | PromptTuning) else 4
+            copies = 1 if isinstance(method, LoRA | PromptTuning) else 6
         itemsize = DTYPES[self.worker.spec.dtype].itemsize
         needed = copies * light.num_parameters * itemsize + PROCESS_BYTES
         self.memory_bytes = max(self.memory_bytes, needed)

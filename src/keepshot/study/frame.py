@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -25,8 +25,9 @@ from keepshot.study.directory import UnitRecord
 from keepshot.study.document import StudyArm
 from keepshot.study.grid import Grid, StudySpec
 
+Frame: TypeAlias = Any
+"""A pandas DataFrame, whose columns and groups its own types leave open."""
 BOOTSTRAP_SEED = 20
-ARM_KEYS = ["model", "target", "recipe", "lam"]
 SCORE_KEYS = [
     "model", "family", "num_parameters", "stage", "recipe", "target", "tuning_seed", "lam", "ask",
     "setting", "split", "task", "is_target", "shots", "seed",
@@ -42,7 +43,7 @@ def item_frame(
     grid: Grid,
     records: Mapping[str, UnitRecord],
     rows: Callable[[str], Path],
-) -> pd.DataFrame:
+) -> Frame:
     """Return the rows of all cells that are done; a unit that fills several comes in each.
 
     Args:
@@ -101,7 +102,7 @@ def target_name(target: str) -> str:
     return Path(target).name if "/" in target else target
 
 
-def score_frame(items: pd.DataFrame) -> pd.DataFrame:
+def score_frame(items: Frame) -> Frame:
     """Return one row for each model, task, shots and draw: `value`, `chance`, `num_items`."""
     grouped = items.groupby(SCORE_KEYS, dropna=False, sort=False, observed=True)
     return grouped.agg(
@@ -113,9 +114,7 @@ def score_frame(items: pd.DataFrame) -> pd.DataFrame:
     ).reset_index()
 
 
-def pairs(
-    scores: pd.DataFrame, *, shots: int, split: str = "test", by_task: bool = True
-) -> pd.DataFrame:
+def pairs(scores: Frame, *, shots: int, split: str = "test", by_task: bool = True) -> Frame:
     """Return tuned direct scores beside their base's scores from gold demonstrations.
 
     The frame that `mixed_model` takes; its columns go into `correlate` (`family` as clusters).
@@ -148,7 +147,7 @@ def pairs(
     return found.groupby(keys, dropna=False, sort=False)[values].mean().reset_index()
 
 
-def matrix(rows: pd.DataFrame) -> Matrix:
+def matrix(rows: Frame) -> Matrix:
     """Return `correct` as [draws, items]: draws of demonstrations, under every seed of tuning."""
     table = rows.pivot(index=["tuning_seed", "seed"], columns="item", values="correct")
     found = table.to_numpy(dtype=np.float64)
@@ -157,7 +156,7 @@ def matrix(rows: pd.DataFrame) -> Matrix:
 
 
 def arms(
-    spec: StudySpec, grid: Grid, items: pd.DataFrame, records: Mapping[str, UnitRecord]
+    spec: StudySpec, grid: Grid, items: Frame, records: Mapping[str, UnitRecord]
 ) -> list[StudyArm]:
     """Return what each arm keeps of its base's few-shot ability, and its target's score.
 
@@ -191,9 +190,7 @@ def arms(
     return found
 
 
-def _arm_rows(
-    rows: pd.DataFrame, base: pd.DataFrame, target: str, who: Mapping[str, Any]
-) -> list[StudyArm]:
+def _arm_rows(rows: Frame, base: Frame, target: str, who: Mapping[str, Any]) -> list[StudyArm]:
     found: list[StudyArm] = []
     asked = rows[(rows["task"] != target) & (rows["shots"] > 0)]
     for (ask, split, shots), part in asked.groupby(["ask", "split", "shots"], sort=False):
@@ -233,7 +230,7 @@ def _arm_rows(
     return found
 
 
-def _mean(rows: pd.DataFrame) -> stats.Interval | None:
+def _mean(rows: Frame) -> stats.Interval | None:
     """Return the mean of the target's score; of one seed with its Wilson interval."""
     if rows.empty:
         return None
@@ -244,7 +241,7 @@ def _mean(rows: pd.DataFrame) -> stats.Interval | None:
     return stats.mean_over_tasks([matrix(once)], generator)
 
 
-def write_frames(items: pd.DataFrame, scores: pd.DataFrame, out_dir: Path) -> Sequence[Path]:
+def write_frames(items: Frame, scores: Frame, out_dir: Path) -> Sequence[Path]:
     """Write `frame.parquet` (a row for each item) and `scores.parquet`; atomically."""
     paths = (out_dir / "frame.parquet", out_dir / "scores.parquet")
     for frame, path in zip((items, scores), paths, strict=True):

@@ -29,7 +29,7 @@ from keepshot.tuning.recipe import Recipe
 
 UNIT_VERSION = 1
 """Raised when the same unit would give another result than before."""
-MOST_UNITS = 1000
+MOST_UNITS = 2000
 """Units that a study may have without being told that it is meant."""
 TARGET = "target"
 """Stands among an ask's tasks for what the model was tuned for; of a base, for all targets."""

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from keepshot.study.document import StudyArm, StudyDocument
 
-COLUMNS = (
-    "arm", "target, 0 shots", "few-shot", "retention", "format failures", "leakage", "seconds",
-)  # fmt: skip
+FIGURES = ("target", "few-shot", "retention")
+COLUMNS = ("arm", *FIGURES, "format failures", "leakage", "seconds of tuning")
 
 
 def markdown(document: StudyDocument) -> str:
@@ -28,9 +27,9 @@ def markdown(document: StudyDocument) -> str:
         lines.append("")
     lines += [f"- {note}" for note in document.notes]
     lines += [
-        "Intervals are 95 %: of the target over items (Wilson), of the others over items, draws of "
-        "demonstrations and seeds of tuning. Retention is few-shot score above chance as a share "
-        "of the base's.",
+        "Target scores are at 0 shots. Intervals are 95 %: of the target over items (Wilson), of "
+        "the others over items, draws of demonstrations and seeds of tuning. Retention is few-shot "
+        "score above chance as a share of the base's.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -50,19 +49,28 @@ def grouped(arms: Sequence[StudyArm]) -> Iterator[tuple[str, list[StudyArm]]]:
 
 def cells(arm: StudyArm) -> list[str]:
     """Return an arm's figures as text, in the order of `COLUMNS`."""
-    name = arm.recipe or "untuned"
-    if arm.lam is not None:
-        name += f", lambda {arm.lam:g}"
-    if arm.num_seeds > 1:
-        name += f" ({arm.num_seeds} seeds)"
+    seeds = f" ({arm.num_seeds} seeds)" if arm.num_seeds > 1 else ""
     return [
-        name,
-        _figure(arm.target_score, arm.target_ci95),
-        _figure(arm.icl, arm.icl_ci95),
-        _figure(arm.retention, arm.retention_ci95),
+        f"{name_of(arm)}{seeds}",
+        *figures(arm),
         f"{arm.format_failure:.3f}",
         f"{arm.label_leakage:.3f}",
         "" if arm.tuning_seconds is None else f"{arm.tuning_seconds:.0f}",
+    ]
+
+
+def name_of(arm: StudyArm) -> str:
+    """Return the name of an arm among those of its model and target."""
+    at = "" if arm.lam is None else f", lambda {arm.lam:g}"
+    return f"{arm.recipe or 'untuned'}{at}"
+
+
+def figures(arm: StudyArm) -> list[str]:
+    """Return target score, few-shot score and retention with their intervals, as `FIGURES`."""
+    return [
+        _figure(arm.target_score, arm.target_ci95),
+        _figure(arm.icl, arm.icl_ci95),
+        _figure(arm.retention, arm.retention_ci95),
     ]
 
 
@@ -80,7 +88,7 @@ def _figure(value: float | None, interval: tuple[float, float] | None) -> str:
     if value is None:
         return ""
     bounds = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
-    return f"{value:.3f}{bounds}"
+    return f"{value:.2f}{bounds}"
 
 
 def _row(parts: Sequence[str]) -> str:
