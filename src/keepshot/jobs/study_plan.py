@@ -212,8 +212,9 @@ class _Estimator:
             if isinstance(term, KL | FewShot)
         ]
         method = recipe.method
-        first = isinstance(method, ProMoT) and method.prompt == "trained"
-        steps = (resolved.steps or 1) + (method.prompt_steps if first else 0)
+        steps = resolved.steps or 1
+        if isinstance(method, ProMoT) and method.prompt == "trained":
+            steps += method.prompt_steps
         return tokens_read([*data.mixture.tree, *beside], steps)
 
     def _count_memory(self, unit: Unit, light: LanguageModel) -> None:

@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from keepshot import stats
@@ -78,13 +77,12 @@ def item_frame(
         }
         columns = {name: _repeated(v, table.num_rows, t) for name, (v, t) in constants.items()}
         columns |= {name: table[name] for name in KEPT_COLUMNS}
-        columns["setting"] = pc.if_else(pc.equal(table["shots"], 0), "direct", "gold")
-        num_choices = pc.cast(pc.list_value_length(table["choices"]), pa.float64())
-        columns["chance"] = pc.if_else(
-            pc.greater(num_choices, 0.0), pc.divide(1.0, num_choices), 0.0
-        )
+        columns["num_choices"] = [len(choices) for choices in table["choices"].to_pylist()]
         parts.append(pa.table(columns))
     frame = pa.concat_tables(parts).to_pandas() if parts else pd.DataFrame(columns=_columns())
+    frame["setting"] = np.where(frame["shots"] == 0, "direct", "gold")
+    num_choices = frame.pop("num_choices").to_numpy(float)
+    frame["chance"] = np.where(num_choices > 0.0, 1.0 / np.maximum(num_choices, 1.0), 0.0)
     clash = sorted(tags & set(frame.columns) | tags & {"is_target"})
     if clash:
         raise StudyError(f"tag {clash[0]!r} has the name of a column of the frame; rename it")
@@ -93,7 +91,7 @@ def item_frame(
     frame["is_target"] = np.where(own.isna(), frame["task"].isin(targets), frame["task"] == own)
     for name in sorted(tags):
         of = {model.label: model.tags.get(name) for model in spec.models}
-        frame[name] = frame["model"].map(of)
+        frame[name] = [of[label] for label in frame["model"]]
     return frame
 
 
@@ -255,5 +253,6 @@ def _repeated(value: Any, count: int, kind: pa.DataType) -> pa.Array:
 
 
 def _columns() -> list[str]:
-    named = ["unit", "num_parameters", "chance", *SCORE_KEYS, *KEPT_COLUMNS]
-    return [name for name in dict.fromkeys(named) if name != "is_target"]
+    made = ("is_target", "setting")
+    named = ["unit", "num_choices", *SCORE_KEYS, *KEPT_COLUMNS]
+    return [name for name in dict.fromkeys(named) if name not in made]
