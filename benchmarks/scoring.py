@@ -67,7 +67,7 @@ class Outcome:
     round: int
     seconds: float
     accuracy: float
-    peak_mib: float
+    peak_mib: float | None
     requests: int
     trie_tokens: int
     naive_tokens: int
@@ -221,6 +221,7 @@ def measure(name: str, tool: str, number: int, setting: argparse.Namespace) -> O
     store = AssetStore.from_environment(os.environ)
     questions = workload.build(store)[: setting.questions]
     model = load(workload.model, store)
+    read_weights(model)
     resident = reset_peak()  # before the first call: what that one keeps allocated counts too
     backend = backend_of(tool, model)
     pairs = [(q.context, c) for q in questions for c in q.continuations]
@@ -304,6 +305,12 @@ def bare_rates(model: LanguageModel, now: Callable[[], float]) -> tuple[float, f
     return best[0], best[1]
 
 
+def read_weights(model: LanguageModel) -> None:
+    """Bring the weights into memory: they are mapped, and would count where they are first used."""
+    for parameter in model.module.parameters():
+        parameter.sum().item()
+
+
 def reset_peak() -> int:
     """Forget the largest resident size so far (Linux); return the present one, in KiB."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
@@ -350,7 +357,8 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def median(outcomes: Sequence[Outcome], field: str) -> float:
-    return statistics.median(getattr(outcome, field) for outcome in outcomes)
+    values = [getattr(outcome, field) for outcome in outcomes]
+    return statistics.median(value for value in values if value is not None)
 
 
 def replace_table(path: Path, lines: Sequence[str]) -> None:

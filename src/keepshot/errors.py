@@ -24,6 +24,10 @@ class ModelError(UserError):
     """A model, adapter or checkpoint that cannot be used."""
 
 
+class ServerError(ModelError):
+    """A model behind a server that cannot be reached, refuses, or answers nonsense."""
+
+
 class TaskError(UserError):
     """A task or an examples file that cannot be used."""
 

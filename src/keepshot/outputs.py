@@ -74,9 +74,13 @@ class Journal:
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        row = dict(zip(self._fields, (key, *values), strict=True))
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        line = json.dumps(dict(zip(self._fields, (key, *values), strict=True))).encode() + b"\n"
+        with self._path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a kill cut the last line off: it stays alone
+                    line = b"\n" + line
+            file.write(line)
 
 
 @contextmanager

@@ -7,6 +7,8 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ import pytest
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
 from keepshot.errors import ConfigError, TaskError
 from keepshot.harness.launch import run_harness
 from keepshot.harness.model import KeepshotLM
+from keepshot.harness.once import compile_templates_once, each_read_once
 from keepshot.harness.results import write_results
 from keepshot.harness.tasks import harness_tasks, split_names
 from keepshot.models.loading import LanguageModel, save
@@ -63,6 +67,12 @@ def write_task(folder: Path, **changes: Any) -> Path:
     path = folder / "trees.yaml"
     path.write_text(json.dumps({**config, **changes}), encoding="utf-8")
     return path
+
+
+def evaluate(**settings: Any) -> Any:
+    """lm-eval's own evaluation of task files, without its thousands of tasks."""
+    settings = {"bootstrap_iters": 0, "log_samples": True, **settings}
+    return simple_evaluate(task_manager=TaskManager(include_defaults=False), **settings)
 
 
 def backends(model: LanguageModel) -> tuple[Any, Any]:
@@ -140,14 +150,12 @@ def test_a_stock_task_gives_the_results_of_hf(tmp_path: Path, chat: bool) -> Non
     results: list[dict[str, Any]] = []
     theirs: Any = HFLM
     for backend in (theirs(pretrained=model.module, tokenizer=model.tokenizer), KeepshotLM(model)):
-        evaluated: Any = simple_evaluate(
+        evaluated = evaluate(
             model=backend,
             tasks=[str(task)],
             limit=10,
-            log_samples=True,
             apply_chat_template=chat,
             fewshot_as_multiturn=chat,
-            bootstrap_iters=0,
         )
         results.append(evaluated)
     hf, ours = results
@@ -176,6 +184,49 @@ def test_command_line_passes_flags_through(tmp_path: Path) -> None:
     assert written["config"]["keepshot_sharing"] == "packed"
     samples = next((tmp_path / "out").rglob("samples_*.jsonl")).read_text("utf-8")
     assert len(samples.splitlines()) == 5
+
+
+def test_included_files_are_parsed_once_with_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {
+        "common.yml": "include: deeper.yml\nmetadata: {version: 1}\nfewshot_split: a\n",
+        "deeper.yml": "output_type: multiple_choice\ntarget: !function code.f\n",
+        "one.yaml": "include: common.yml\ntask: one\n",
+        "two.yaml": "include: [common.yml]\ntask: two\nfewshot_split: b\n",
+        "twice.yaml": "include: [common.yml, deeper.yml]\ntask: twice\n",
+        "circle.yaml": "include: circle.yaml\ntask: circle\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    index: Any = import_module("lm_eval.tasks._index").TaskIndex
+    loader: Any = import_module("lm_eval.tasks._yaml_loader")
+    parsed: list[Path] = []
+    make_loader = loader._make_loader
+
+    def counted(folder: Path, **options: Any) -> Any:
+        parsed.append(folder)
+        return make_loader(folder, **options)
+
+    monkeypatch.setattr(loader, "_make_loader", counted)
+    expected = index.build([tmp_path])
+    assert sorted(expected) == ["one", "two"]  # a file may not be included twice in one task
+    every_time = len(parsed)
+    with each_read_once():
+        assert index.build([tmp_path]) == expected
+        assert len(parsed) - every_time == every_time - 4
+    assert index.build([tmp_path]) == expected
+    assert len(parsed) == 3 * every_time - 4
+
+
+def test_templates_are_compiled_once() -> None:
+    environment: Any = import_module("lm_eval.utils").env
+    compile_templates_once()
+    once = environment.from_string("{{q}} {{q}}")
+    assert environment.from_string("{{q}} {{q}}") is once
+    fresh = type(environment).from_string(environment, "{{q}} {{q}}")
+    assert fresh is not once
+    assert once.render(q="x") == fresh.render(q="x") == "x x"
 
 
 def test_other_models_stay_known() -> None:
@@ -227,35 +278,85 @@ def test_refused_settings_name_what_to_do() -> None:
         ours.loglikelihood(instances("loglikelihood", [("a", "")]))
 
 
-def test_their_tasks_are_asked_as_they_ask_them(tmp_path: Path) -> None:
-    """Same prompts as lm-eval's under the same demonstrations, and the same accuracy."""
+GENERATED: dict[str, Any] = {
+    "output_type": "generate_until",
+    "doc_to_choice": None,
+    "doc_to_target": "{{choices[a]}}",
+    "generation_kwargs": {"until": ["\n", "m"], "max_gen_toks": 9, "do_sample": False},
+    "metric_list": [{"metric": "exact_match", "ignore_case": True}],
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "choice": {"description": "Trees.\n\n"},
+    "described": {"description": "About {{q}}.\n", "gen_prefix": "So:"},
+    "informed": {"metric_list": [{"metric": "acc"}, {"metric": "acc_mutual_info"}]},
+    "several right": {
+        "doc_to_target": "{{[a, (a + 1) % 3]}}",
+        "fewshot_config": {"sampler": "first_n", "doc_to_target": "a"},
+    },
+    "contexts": {
+        "doc_to_text": "a", "doc_to_target": " and so on",
+        "doc_to_choice": "{{[q + ' oak', q + ' elm', q + ' fir']}}",
+        "metric_list": [{"metric": "acc"}],
+    },
+    "generated": GENERATED,
+    "filtered": {
+        **GENERATED,
+        "filter_list": [
+            {"name": "first letter", "filter": [
+                {"function": "regex", "regex_pattern": "([a-z])"}, {"function": "take_first"},
+            ]},
+            {"name": "whole", "filter": [{"function": "take_first"}]},
+        ],
+        "doc_to_target": "{{['p', 'e', 's'][a]}}",
+    },
+    "likely": {
+        "output_type": "loglikelihood", "doc_to_choice": None, "doc_to_target": " {{choices[a]}}",
+        "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_their_tasks_are_asked_and_graded_as_they_do(tmp_path: Path, kind: str) -> None:
+    """lm-eval's prompts under the same demonstrations, and its grade of each question."""
     model = pico_model("llama")
-    path = write_task(tmp_path, description="Trees.\n\n", fewshot_config={"sampler": "first_n"})
+    path = write_task(tmp_path, **{"fewshot_config": {"sampler": "first_n"}, **KINDS[kind]})
     task = harness_tasks([str(path)], shots=2)[0]
-    assert (task.name, task.kind, len(task.test)) == ("lm-eval:trees", "choice", 12)
-    evaluated: Any = simple_evaluate(
-        model=KeepshotLM(model), tasks=[str(path)], num_fewshot=2, log_samples=True,
-        bootstrap_iters=0,
-    )  # fmt: skip
-    prompts = [sample["arguments"][0] for sample in evaluated["samples"]["trees"]]
-    first = task.demonstrations[:2]
-    for example, (context, continuation) in zip(task.test, prompts, strict=True):
-        assert task.template.context(first, example) == context
-        assert example.choices
-        assert task.template.continuation(example.choices[0]) == continuation
-    unshot: Any = simple_evaluate(model=KeepshotLM(model), tasks=[str(path)], bootstrap_iters=0)
-    rows = measure(model, Plan((task,), (0, 2), (0,)), arm="a").items
-    at_zero = [row.correct for row in rows if row.shots == 0]
-    assert sum(at_zero) / len(at_zero) == unshot["results"]["trees"]["acc,none"]
+    assert (task.name, len(task.test)) == ("lm-eval:trees", 12)
+    assert task.kind == ("exact" if kind in ("generated", "filtered", "likely") else "choice")
+    assert task.examiner
+    evaluated = evaluate(model=KeepshotLM(model), tasks=[str(path)], num_fewshot=2)
+    samples = evaluated["samples"]["trees"]
+    samples = [sample for sample in samples if sample["filter"] != "whole"]
+    first = replace(task, demonstrations=task.demonstrations[:2])
+    seed = next(seed for seed in range(50) if first.draw(2, seed) == first.demonstrations)
+    for example, sample in zip(task.test, samples, strict=True):
+        asked = task.examiner.ask(first.demonstrations, example)
+        assert [text.context for text in asked] == [pair[0] for pair in sample["arguments"]]
+    metric = next(name for name in ("acc", "exact_match") if name in samples[0])
+    rows = measure(model, Plan((first,), (2,), (seed,)), arm="a").items
+    assert [row.correct for row in rows] == [float(sample[metric]) for sample in samples]
+    unshot = evaluate(model=KeepshotLM(model), tasks=[str(path)])
+    expected = [float(s[metric]) for s in unshot["samples"]["trees"] if s["filter"] != "whole"]
+    rows = measure(model, Plan((task,), (0,), (0,)), arm="a").items
+    assert [row.correct for row in rows] == expected
 
 
 def test_tasks_that_would_be_bent_are_refused(tmp_path: Path) -> None:
+    sampled = {**GENERATED, "generation_kwargs": {"do_sample": True, "temperature": 1.0}}
     for changes, reason in [
         ({"num_fewshot": 0}, "sets num_fewshot: 0 itself, so 2 shots are refused"),
-        ({"gen_prefix": "So:"}, "has a gen_prefix"),
-        ({"description": "About {{q}}."}, "a description that differs"),
-        ({"output_type": "generate_until"}, "only multiple_choice"),
+        ({"output_type": "loglikelihood_rolling"}, "measures perplexity"),
+        (sampled, "sampled answers"),
+        (
+            {"metric_list": [{"metric": "f1"}]},
+            r"no metric that gives each question a number \(f1\)",
+        ),
         ({"doc_to_target": "birch"}, "which is none of its 3 choices"),
+        (
+            {"doc_to_target": "{{[a]}}"},
+            "lm-eval cannot word question 'Q: test 0.* with 2 demonstrat",
+        ),
     ]:
         with pytest.raises(TaskError, match=reason):
             harness_tasks([str(write_task(tmp_path, **changes))], shots=2)

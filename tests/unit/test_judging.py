@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from keepshot.errors import TaskError
+from keepshot.errors import ServerError, TaskError
 from keepshot.judging.judges import MOST_CHARACTERS, LikelihoodJudge, question, read_label
 from keepshot.judging.length_control import Gamed, control_length, shrunken_win_rate
 from keepshot.judging.outputs import (
@@ -34,7 +34,7 @@ from keepshot.judging.pairwise import (
     sanity_comparisons,
     win_rate,
 )
-from keepshot.judging.server import Server, ServerError, ServerJudge
+from keepshot.judging.server import Server, ServerJudge
 from keepshot.models.loading import LanguageModel
 from keepshot.scoring.engine import Engine
 from keepshot.scoring.request import LogLikelihood, LogLikelihoodResult
@@ -272,17 +272,17 @@ def test_a_server_is_asked_again_until_it_answers_and_never_twice(
 
 def test_a_server_that_refuses_or_stays_down_is_named(address: str) -> None:
     pair = [Pair("x", "a", "b")]
-    with pytest.raises(ServerError, match="refuses: 401"):
+    with pytest.raises(ServerError, match="refused a comparison: HTTP 401"):
         ServerJudge(Server(address, "tiny", key="wrong")).judge(pair)
     waits: list[float] = []
     down = ServerJudge(
         Server(address, "tiny", key="secret", tries=3, first_wait=1.0), sleep=waits.append
     )
-    with pytest.raises(ServerError, match="3 tries failed, the last with: 500"):
+    with pytest.raises(ServerError, match="no answer to a comparison after 3 tries: HTTP 500"):
         down.judge([Pair("down", "a", "b")])
     assert waits == [1.0, 2.0]
     nobody = ServerJudge(Server("http://127.0.0.1:9/v1", "m", tries=1), sleep=waits.append)
-    with pytest.raises(ServerError, match="1 tries failed"):
+    with pytest.raises(ServerError, match="after 1 tries"):
         nobody.judge(pair)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from keepshot.assets import AssetStore
+from keepshot.client import Client
 from keepshot.errors import ConfigError, ModelError
 from keepshot.jobs.measure import measure_models
 from keepshot.jobs.specs import MeasureSpec
@@ -103,7 +104,7 @@ def ask(word: str) -> GreedyMatch:
 
 
 def statistics(url: str) -> dict[str, object]:
-    return Server(url)._send("statistics", None, "statistics")
+    return Client(f"{url}/v1").ask("statistics", None, "statistics", dict)
 
 
 def test_generation_goes_out_and_likelihoods_stay(address: str) -> None:
@@ -128,7 +129,10 @@ def test_generation_goes_out_and_likelihoods_stay(address: str) -> None:
     [
         ("down", "no answer to the prompt that ends in 'Q: down' after 4 tries: HTTP 500"),
         ("html", "after 4 tries: it answered something that is not JSON"),
-        ("nonsense", "answered nonsense to the prompt that ends in 'Q: nonsense'"),
+        (
+            "nonsense",
+            r"to the prompt that ends in 'Q: nonsense' after 4 tries: it answered nonsense",
+        ),
         ("refused", "refused the prompt that ends in 'Q: refused': HTTP 404"),
     ],
 )

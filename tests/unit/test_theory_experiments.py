@@ -8,13 +8,14 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 
 from command import status
 from keepshot.errors import ConfigError
 from keepshot.progress import Silent
 from keepshot.records import Cost, ResultDocument, SummaryRow
 from keepshot.report.theory import claim_chart, series_looks
-from keepshot.theory import bridge, extensions
+from keepshot.theory import bridge, extensions, transformer
 from keepshot.theory.document import (
     DEFAULT_CLAIMS,
     ClaimRecord,
@@ -197,11 +198,10 @@ def test_extensions_agree_with_sampling_and_the_path_has_the_right_ends(
     assert zero == sorted(zero)
 
 
-def test_bridge_reads_a_run_of_real_models_and_refuses_what_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bridge_reads_a_run_of_real_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bridge, "PRETRAIN_STEPS", 2)
     monkeypatch.setattr(bridge, "TUNE_STEPS", 1)
+    monkeypatch.setattr(bridge, "NUM_SEEDS", 2)
     shared = {"model": "m", "shots": 4, "icl": 0.5, "icl_ci95": (0.4, 0.6), "icl_gain": 0.3}
     shared |= {"num_items": 40, "target_ci95": (0.0, 1.0)}
     before = SummaryRow(
@@ -217,5 +217,21 @@ def test_bridge_reads_a_run_of_real_models_and_refuses_what_is_none(
     linear = {p.series: p for p in record.points if p.panel == "linear attention"}
     assert linear["full"].x == pytest.approx(1.0, abs=1e-6)
     assert linear["full"].predicted > 1.0 > 0.1 > linear["value_only"].predicted
+    assert linear["full, held"].predicted < 0.1
+    softmax = {p.series: p for p in record.points if p.panel == "softmax transformer"}
+    assert sorted(softmax) == ["full", "full, held", "full, lambda 0.5", "value_only"]
+    assert all(point.se is not None and point.se > 0 for point in softmax.values())
+
+
+def test_half_way_between_two_transformers() -> None:
+    torch.manual_seed(0)
+    first, last = transformer.Regressor(2, width=8), transformer.Regressor(2, width=8)
+    half = transformer.blended(first, last, 0.5)
+    for a, b, middle in zip(*(m.parameters() for m in (first, last, half)), strict=True):
+        torch.testing.assert_close(middle, (a + b) / 2)
+    assert transformer.blended(first, last, 0.0) is not first
+
+
+def test_bridge_refuses_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no results\.json"):
         run("bridge", study=tmp_path / "absent")

@@ -7,6 +7,9 @@ from typing import Any
 
 from keepshot.errors import ConfigError
 
+MAX_GEN_TOKENS = 256
+"""Tokens that lm-eval generates where a task does not say."""
+
 
 def lm_eval(module: str) -> Any:
     """Return a module of lm-eval, such as `tasks`.

@@ -9,6 +9,7 @@ from importlib import import_module
 
 from keepshot.errors import ConfigError, TaskError, nearest
 from keepshot.harness.extra import lm_eval
+from keepshot.harness.once import each_read_once
 
 
 def run_harness(arguments: Sequence[str]) -> None:
@@ -24,7 +25,8 @@ def run_harness(arguments: Sequence[str]) -> None:
     # lm-eval reads the process' own arguments, and rewrites them.
     sys.argv = ["lm-eval", *arguments]
     try:
-        entry.cli_evaluate()
+        with each_read_once():
+            entry.cli_evaluate()
     except (ValueError, KeyError, FileNotFoundError) as error:
         message = str(error).strip("'\"")
         missing = re.search(r"Tasks not found: (.*)", message)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from keepshot.assets import AssetStore
 from keepshot.errors import ConfigError, TaskError, unknown
-from keepshot.harness.extra import lm_eval
+from keepshot.harness.extra import MAX_GEN_TOKENS, lm_eval
 from keepshot.models.loading import LanguageModel, load, own_dtype
 from keepshot.scoring.engine import Engine
 from keepshot.scoring.processes import Processes, join_processes
@@ -31,8 +31,6 @@ from keepshot.scoring.request import (
     Result,
 )
 
-MAX_GEN_TOKENS = 256
-"""Tokens that lm-eval generates where a task does not say."""
 SPELLINGS = {"float": "float32", "bf16": "bfloat16", "half": "float16", "fp16": "float16"}
 """Dtypes that lm-eval's users write otherwise."""
 log = getLogger(__name__)

@@ -1,22 +1,24 @@
 """Tasks of lm-evaluation-harness as ours: `lm-eval:NAME`, `lm-eval:GROUP`, `lm-eval:task.yaml`.
 
-Questions, answers and demonstrations are rendered by lm-eval's own task; demonstrations are then
-drawn our way, once for all questions, so that comparisons are paired and prefixes shared. What a
-task asks for beyond that is refused, never quietly dropped.
+Prompts and grades are lm-eval's own; demonstrations are drawn our way, once for all questions, so
+that comparisons are paired and prefixes shared. What cannot be is refused, never quietly dropped.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from keepshot.errors import TaskError
-from keepshot.harness.extra import lm_eval
+from keepshot.harness.extra import MAX_GEN_TOKENS, lm_eval
 from keepshot.harness.launch import unknown_tasks
-from keepshot.prompts import Example, Template
-from keepshot.tasks.task import Task, group_by_input
+from keepshot.harness.once import compile_templates_once
+from keepshot.prompts import Example
+from keepshot.tasks.task import Answer, Asked, Task, group_by_input
 
 PREFIX = "lm-eval:"
 NUM_DEMONSTRATIONS = 64
@@ -76,9 +78,9 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
 
 def _convert(name: str, found: Any, shots: int, validation_share: float) -> Task:
     _check(name, found, shots)
-    config = found.config
-    asked = [_example(name, found, doc) for doc in found.eval_docs]
-    pool = _demonstrations(name, found) if shots else []
+    examiner = HarnessExaminer(name, found)
+    asked = [examiner.example(doc) for doc in found.eval_docs]
+    pool = [examiner.shown(doc) for doc in found.fewshot_docs() or ()] if shots else []
     shown_split, asked_split = _shown_and_asked(found)
     if shots and shown_split == asked_split:  # demonstrations are set aside from the questions
         num_pool = max(shots, min(NUM_DEMONSTRATIONS, len(asked) // 2))
@@ -90,33 +92,29 @@ def _convert(name: str, found: Any, shots: int, validation_share: float) -> Task
             f"{PREFIX}{name} has {len(pool)} demonstrations that are not asked too, fewer than "
             f"the {shots} shots asked for; ask for fewer shots"
         )
+    examiner.check(pool[:shots], asked[0])
     num_validation = int(len(asked) * validation_share)
     return Task(
         name=f"{PREFIX}{name}",
-        kind="choice",
-        version=_version(config.metadata),
+        kind="choice" if found.OUTPUT_TYPE == "multiple_choice" else "exact",
+        version=_version(found.config.metadata),
         domain="lm-eval",
         description=f"lm-evaluation-harness task {name}",
         demonstrations=tuple(pool),
         validation=tuple(asked[:num_validation]),
         test=tuple(asked[num_validation:]),
-        template=Template(
-            question="{input}",
-            answer=f"{config.target_delimiter}{{output}}",
-            separator=config.fewshot_delimiter,
-            description=_description(config),
-        ),
+        examiner=examiner,
     )
 
 
 def _check(name: str, found: Any, shots: int) -> None:
-    """Refuse what our measure would have to bend."""
+    """Refuse what has no score for each question, or would have to be bent."""
     config = found.config
     instead = f"; `keepshot lm-eval run --model keepshot --tasks {name}` runs it as it is"
-    if config.output_type != "multiple_choice":
+    if found.OUTPUT_TYPE == "loglikelihood_rolling":
         raise TaskError(
-            f"{PREFIX}{name} is a {config.output_type} task; only multiple_choice is measured "
-            f"here{instead}"
+            f"{PREFIX}{name} measures perplexity and asks nothing that could be answered rightly"
+            f"{instead}"
         )
     if shots and config.num_fewshot == 0:
         raise TaskError(
@@ -124,19 +122,137 @@ def _check(name: str, found: Any, shots: int) -> None:
             "ask for --shots 0, or leave the task out"
         )
     unusual = {
-        "several contexts for one question": bool(found.multiple_input),
-        "a gen_prefix": bool(config.gen_prefix),
-        "its own process_results": config.process_results is not None,
-        "a description that differs between questions": "{{" in _description(config),
+        "images": bool(config.doc_to_image),
+        "sound": bool(config.doc_to_audio),
+        "sampled answers (do_sample)": bool((config.generation_kwargs or {}).get("do_sample")),
     }
     for what, there in unusual.items():
         if there:
             raise TaskError(f"{PREFIX}{name} has {what}, which is not measured here{instead}")
 
 
-def _description(config: Any) -> str:
-    text = config.description
-    return "{{a function}}" if callable(text) else str(text or "")
+class HarnessExaminer:
+    """One task of lm-eval: its prompts under demonstrations of ours, and its own grades.
+
+    A question's grade is the task's first metric that gives each question a number, after the
+    task's first filter.
+    """
+
+    def __init__(self, name: str, found: Any) -> None:
+        """Take lm-eval's task; its settings are not touched, its sampler is replaced."""
+        compile_templates_once()
+        self._name, self._found = name, found
+        self._docs: dict[Example, Any] = {}
+
+    def example(self, doc: Any) -> Example:
+        """Return a question of the task, and remember the document it comes from."""
+        found = self._found
+        return self._remember(doc, found.doc_to_text(doc), found.doc_to_target(doc), None)
+
+    def shown(self, doc: Any) -> Example:
+        """Return a demonstration of the task; they may be worded by settings of their own."""
+        found, cfg = self._found, self._found.fewshot_cfg
+        target = found.doc_to_target(doc, cfg.doc_to_target)
+        return self._remember(doc, found.doc_to_text(doc, cfg.doc_to_text), target, cfg)
+
+    def _remember(self, doc: Any, question: Any, gold: Any, cfg: Any) -> Example:
+        found = self._found
+        choices: tuple[str, ...] | None = None
+        if found.OUTPUT_TYPE == "multiple_choice":
+            choices = tuple(
+                map(str, found.doc_to_choice(doc, *([cfg.doc_to_choice] if cfg else [])))
+            )
+            if (
+                found.multiple_input
+            ):  # the choices are texts to begin with, the gold is their number
+                question, gold = " | ".join(choices), question
+            gold = gold[0] if isinstance(gold, list) and gold else gold
+            if isinstance(gold, str) and gold in choices:
+                gold = choices.index(gold)
+            if not isinstance(gold, int) or not 0 <= gold < len(choices):
+                raise TaskError(
+                    f"{PREFIX}{self._name}: question {str(question)[:60]!r} has the right answer "
+                    f"{gold!r}, which is none of its {len(choices)} choices; mend or drop the row"
+                )
+            gold = choices[gold]
+        elif found.config.doc_to_choice is not None and isinstance(gold, int):
+            gold = found.doc_to_choice(doc)[gold]
+        text = " | ".join(map(str, gold)) if isinstance(gold, list | tuple) else str(gold)
+        example = Example(str(question), text, choices)
+        self._docs.setdefault(example, doc)
+        return example
+
+    def ask(self, demonstrations: Sequence[Example], example: Example) -> list[Asked]:
+        """Return lm-eval's prompts for one question under `demonstrations`."""
+        requests = self._requests(demonstrations, example)
+        if self._found.OUTPUT_TYPE != "generate_until":
+            return [Asked(*request.args) for request in requests]
+        context, settings = requests[0].args
+        normal = lm_eval("models.utils").normalize_gen_kwargs(settings, MAX_GEN_TOKENS)
+        stop = tuple(text for text in normal.get("until") or () if text)
+        return [Asked(context, None, stop, int(normal["max_gen_toks"]))]
+
+    def _requests(self, demonstrations: Sequence[Example], example: Example) -> list[Any]:
+        found, doc = self._found, self._docs[example]
+        found.sampler = _Drawn([self._docs[shown] for shown in demonstrations])
+        begun = found.doc_to_prefix(doc)
+        try:
+            context = found.fewshot_context(doc, len(demonstrations), gen_prefix=begun)
+            requests = found.construct_requests(doc, context)
+        # A task's templates and functions fail in as many ways as their authors had.
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise TaskError(
+                f"{PREFIX}{self._name}: lm-eval cannot word question {example.input[:60]!r} with "
+                f"{len(demonstrations)} demonstrations: {reason}"
+            ) from error
+        return requests if isinstance(requests, list) else [requests]
+
+    def grade(self, example: Example, answers: Sequence[Answer]) -> float:
+        """Return the task's own first metric of the answers to one question."""
+        found, doc = self._found, self._docs[example]
+        requests = self._requests((), example)
+        for request, answer in zip(requests, answers, strict=True):
+            request.resps = [answer]
+        first = found._filters[0]
+        first.apply(requests)
+        metrics = found.process_results(doc, [r.filtered_resps[first.name] for r in requests])
+        higher: dict[str, bool] = found.higher_is_better()
+        for metric, value in metrics.items():
+            if isinstance(value, (bool, int, float)) and higher.get(metric, True):
+                return float(value)
+        raise TaskError(
+            f"{PREFIX}{self._name} has no metric that gives each question a number "
+            f"({', '.join(metrics) or 'none at all'}), so it is not measured here; "
+            f"`keepshot lm-eval run --model keepshot --tasks {self._name}` runs it as it is"
+        )
+
+    def check(self, demonstrations: Sequence[Example], example: Example) -> None:
+        """Grade an empty answer, so that a task which cannot be graded is refused at once."""
+        asked = self.ask(demonstrations, example)
+        told = [("" if text.continuation is None else (-1.0, False)) for text in asked]
+        value = self.grade(example, told)
+        if not 0 <= value <= 1:
+            raise TaskError(
+                f"{PREFIX}{self._name}: an empty answer has the score {value:g}, and scores here "
+                "are between 0 and 1; run the task with `keepshot lm-eval run`"
+            )
+
+    def identity(self) -> str:
+        """Return the task's settings as lm-eval writes them into its results."""
+        return json.dumps(self._found.dump_config(), sort_keys=True, default=str)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """lm-eval's sampler, with demonstrations that are drawn already."""
+
+    docs: list[Any]
+
+    def sample(self, n: int, **_: object) -> list[Any]:
+        """Return them all."""
+        assert n == len(self.docs), "as many as were drawn"
+        return self.docs
 
 
 def _shown_and_asked(found: Any) -> tuple[str | None, str | None]:
@@ -146,29 +262,6 @@ def _shown_and_asked(found: Any) -> tuple[str | None, str | None]:
     if cfg.split is None and cfg.samples is not None:
         return None, asked
     return cfg.split or config.training_split or config.validation_split or asked, asked
-
-
-def _demonstrations(name: str, found: Any) -> list[Example]:
-    docs: Iterable[Any] | None = found.fewshot_docs()
-    cfg = found.fewshot_cfg
-    settings = (cfg.doc_to_text, cfg.doc_to_choice, cfg.doc_to_target)
-    return [_example(name, found, doc, *settings) for doc in docs or ()]
-
-
-def _example(
-    name: str, found: Any, doc: Any, text: Any = None, choice: Any = None, target: Any = None
-) -> Example:
-    question = found.doc_to_text(doc, text)
-    choices = tuple(str(answer) for answer in found.doc_to_choice(doc, choice))
-    gold = found.doc_to_target(doc, target)
-    if isinstance(gold, str) and gold in choices:
-        gold = choices.index(gold)
-    if not isinstance(question, str) or not isinstance(gold, int) or not 0 <= gold < len(choices):
-        raise TaskError(
-            f"{PREFIX}{name}: question {str(question)[:60]!r} has the right answer {gold!r}, which "
-            f"is none of its {len(choices)} choices; such a task is not measured here"
-        )
-    return Example(question, choices[gold], choices)
 
 
 def _version(metadata: Any) -> int:

@@ -249,6 +249,11 @@ def read_tasks(
     if measuring.template is None:
         return tuple(tasks)
     template = template_named(measuring.template)
+    if theirs:
+        raise ConfigError(
+            f"--template {measuring.template!r} is for tasks of ours: lm-eval:{theirs[0]} words "
+            "its own prompts; drop one of the two"
+        )
     return tuple(replace(task, template=template) for task in tasks)
 
 

@@ -6,10 +6,7 @@ Every answer is appended to a journal as it comes, so that a stopped run goes on
 from __future__ import annotations
 
 import hashlib
-import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,16 +14,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from keepshot.errors import UserError
+from keepshot.client import Client
 from keepshot.judging.judges import PROMPT_HASH, question, read_label
 from keepshot.judging.pairwise import Opinion, Pair
 from keepshot.outputs import Journal
-
-RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-
-
-class ServerError(UserError):
-    """A server that cannot be reached, or refuses for good."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,10 @@ class ServerJudge:
         self.num_asked = 0
         """How many pairs were put to the server, and not found in the journal."""
         self._server, self._journal = server, Journal(journal, ("answer",))
-        self._progress, self._sleep = progress, sleep
+        self._progress = progress
+        self._client = Client(
+            server.url, server.key, server.timeout, server.tries, server.first_wait, sleep
+        )
         self._lock = Lock()
 
     def judge(self, pairs: Sequence[Pair]) -> list[Opinion]:
@@ -97,53 +91,12 @@ class ServerJudge:
             "temperature": 0,
             "max_tokens": self._server.max_tokens,
         }
-        answer = self._post(json.dumps(body).encode())
+        answer = self._client.ask("chat/completions", body, "a comparison", _content)
         with self._lock:
             self.num_asked += 1
             self._journal.append(key, answer)
         return answer
 
-    def _post(self, body: bytes) -> str:
-        server = self._server
-        headers = {"Content-Type": "application/json"}
-        if server.key:
-            headers["Authorization"] = f"Bearer {server.key}"
-        url = f"{server.url.rstrip('/')}/chat/completions"
-        wait, reason = server.first_wait, ""
-        for attempt in range(server.tries):
-            request = urllib.request.Request(url, data=body, headers=headers, method="POST")
-            try:
-                with urllib.request.urlopen(request, timeout=server.timeout) as response:
-                    return _content(json.load(response))
-            except urllib.error.HTTPError as error:
-                reason = f"{error.code} {error.reason}"
-                if error.code not in RETRIED:
-                    raise ServerError(
-                        f"judge at {url} refuses: {reason}; {_detail(error)}"
-                    ) from None
-                pause = _seconds(error.headers.get("Retry-After"), wait)
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-                reason, pause = str(getattr(error, "reason", error)), wait
-            if attempt + 1 < server.tries:
-                self._sleep(pause)
-                wait *= 2
-        raise ServerError(
-            f"judge at {url}: {server.tries} tries failed, the last with: {reason};\n"
-            "what was judged is kept: the same command goes on from there"
-        )
-
 
 def _content(reply: Any) -> str:
     return str(reply["choices"][0]["message"]["content"] or "")
-
-
-def _detail(error: urllib.error.HTTPError) -> str:
-    detail = error.read(300).decode("utf-8", errors="replace").strip().replace("\n", " ")
-    return detail or "check address, model name and key"
-
-
-def _seconds(header: str | None, otherwise: float) -> float:
-    try:
-        return min(120.0, max(0.0, float(header))) if header else otherwise
-    except ValueError:
-        return otherwise

@@ -134,6 +134,11 @@ class LanguageModel:
         """Return the token ids of `text` alone, without BOS or EOS."""
         return self._tokenize(text, special=False)
 
+    @property
+    def start_ids(self) -> list[int]:
+        """The token that stands for an empty text: BOS, or where there is none, EOS."""
+        return list(self.bos_ids) or sorted(self.eos_ids)[:1]
+
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokenise context and continuation together and split them where the context ends.
 

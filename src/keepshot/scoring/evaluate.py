@@ -16,6 +16,8 @@ from keepshot.prompts import Example
 from keepshot.records import Cost, ItemResult, Split
 from keepshot.scoring.engine import Engine
 from keepshot.scoring.request import (
+    Generate,
+    GenerateResult,
     GreedyMatch,
     GreedyMatchResult,
     LogLikelihood,
@@ -23,7 +25,7 @@ from keepshot.scoring.request import (
     Request,
     Result,
 )
-from keepshot.tasks.task import Task, item_id
+from keepshot.tasks.task import Answer, Examiner, Task, item_id
 
 _Asked = tuple[Task, int, int, Example]
 """Task, number of shots, draw of demonstrations, and question."""
@@ -75,7 +77,7 @@ class Question:
     example: Example
     likelihoods: tuple[LogLikelihood, ...]
     """One for each choice; empty for exact tasks."""
-    free: GreedyMatch | None
+    free: GreedyMatch | Generate | None
 
     @property
     def requests(self) -> list[Request]:
@@ -94,10 +96,11 @@ def measure(
 ) -> Measurement:
     """Put every question of `plan` to `model`.
 
-    Choice questions are judged by the log-likelihood of each choice: `correct` takes the plain sum,
-    `correct_per_character` the sum divided by the number of characters. Exact ones are judged by
-    the text of greedy decoding. Questions of a task that the model has a soft prompt for are asked
-    under it. Two rates say how an answer fails:
+    What a task's own examiner asks, it grades. Else choice questions are judged by the
+    log-likelihood of each choice: `correct` takes the plain sum, `correct_per_character` the sum
+    divided by the number of characters. Exact ones are judged by the text of greedy decoding.
+    Questions of a task that the model has a soft prompt for are asked under it. Two rates say how
+    an answer fails:
 
     * `format_failure`: the answer is no possible answer. It does not end, or: where the task has a
       closed set of answers (at most 32, each seen twice on average), it is none of them; where
@@ -146,8 +149,8 @@ def ask(model: LanguageModel, plan: Plan) -> Iterator[Question]:
     Raises:
         TaskError: as `measure` does.
     """
-    for asked, context in _contexts(plan):
-        yield _question(model, asked, context, plan)
+    for asked, demonstrations in _asked(plan):
+        yield _question(model, asked, demonstrations, plan)
 
 
 def check_prompts(model: LanguageModel, plan: Plan) -> None:
@@ -159,18 +162,22 @@ def check_prompts(model: LanguageModel, plan: Plan) -> None:
     Raises:
         TaskError: as `measure` does.
     """
-    for asked, context in _contexts(plan):
+    for asked, demonstrations in _asked(plan):
         task, _, _, example = asked
+        if task.examiner:
+            _question(model, asked, demonstrations, plan)
+            continue
+        context = task.template.context(demonstrations, example)
         room = model.context_length - SPECIAL_TOKENS - len(model.soft_prompt(task.name))
         answers = [
             task.template.continuation(a) for a in (example.output, *(example.choices or ()))
         ]
         if len(context.encode()) + max(len(answer.encode()) for answer in answers) > room:
-            _question(model, asked, context, plan)
+            _question(model, asked, demonstrations, plan)
 
 
-def _contexts(plan: Plan) -> Iterator[tuple[_Asked, str]]:
-    """Yield what is asked, in the order of the plan, with its rendered context."""
+def _asked(plan: Plan) -> Iterator[tuple[_Asked, tuple[Example, ...]]]:
+    """Yield what is asked, in the order of the plan, with its demonstrations."""
     for task in plan.tasks:
         examples = getattr(task, plan.split)[: plan.limit]
         if not examples:
@@ -179,12 +186,16 @@ def _contexts(plan: Plan) -> Iterator[tuple[_Asked, str]]:
             for seed in plan.seeds if shots else (0,):
                 demonstrations = task.draw(shots, seed)
                 for example in examples:
-                    context = task.template.context(demonstrations, example)
-                    yield (task, shots, seed, example), context
+                    yield (task, shots, seed, example), demonstrations
 
 
-def _question(model: LanguageModel, asked: _Asked, context: str, plan: Plan) -> Question:
+def _question(
+    model: LanguageModel, asked: _Asked, demonstrations: Sequence[Example], plan: Plan
+) -> Question:
     task, shots, seed, example = asked
+    if task.examiner:
+        return _examined(model, asked, demonstrations, task.examiner)
+    context = task.template.context(demonstrations, example)
     likelihoods: list[LogLikelihood] = []
     if task.kind == "choice":
         assert example.choices, f"task {task.name!r}: a choice question needs choices"
@@ -196,23 +207,59 @@ def _question(model: LanguageModel, asked: _Asked, context: str, plan: Plan) -> 
     return Question(task, shots, seed, example, tuple(likelihoods), free)
 
 
+def _examined(
+    model: LanguageModel, asked: _Asked, demonstrations: Sequence[Example], examiner: Examiner
+) -> Question:
+    """Return a question as the task's own examiner words it."""
+    task, shots, seed, example = asked
+    likelihoods: list[LogLikelihood] = []
+    free: Generate | None = None
+    for text in examiner.ask(demonstrations, example):
+        if text.continuation is None:
+            before = [*model.soft_prompt(task.name), *model.encode(text.context)]
+            _check_length(model, asked, len(before) + text.max_new_tokens)
+            free = Generate(tuple(before or model.start_ids), text.max_new_tokens, text.stop)
+        else:
+            before, after = model.encode_pair(text.context, text.continuation)
+            pair = _checked(model, asked, (before or model.start_ids, after), text.continuation)
+            likelihoods.append(LogLikelihood(*pair))
+    return Question(task, shots, seed, example, tuple(likelihoods), free)
+
+
 def _encode(
     model: LanguageModel, asked: _Asked, context: str, answer: str
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    task, shots, _, example = asked
-    before, after = model.encode_pair(context, task.template.continuation(answer))
-    where = f"task {task.name!r}, {shots} shots, question {example.input[:60]!r}"
+    pair = model.encode_pair(context, asked[0].template.continuation(answer))
+    return _checked(model, asked, pair, answer)
+
+
+def _checked(
+    model: LanguageModel, asked: _Asked, pair: tuple[list[int], list[int]], answer: str
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Put the task's soft prompt before `pair`, and check that it can be scored."""
+    before, after = pair
     if not before or not after:
-        raise TaskError(f"{where}: answer {answer!r} gives no token to score; mend or drop the row")
+        raise TaskError(
+            f"{_where(asked)}: answer {answer!r} gives no token to score; mend or drop the row"
+        )
     # A soft prompt is for the task it was trained on, and for no other.
-    before = [*model.soft_prompt(task.name), *before]
-    excess = len(before) + len(after) - model.context_length
+    before = [*model.soft_prompt(asked[0].name), *before]
+    _check_length(model, asked, len(before) + len(after))
+    return tuple(before), tuple(after)
+
+
+def _check_length(model: LanguageModel, asked: _Asked, length: int) -> None:
+    excess = length - model.context_length
     if excess > 0:
         raise TaskError(
-            f"{where}: prompt and answer are {excess} tokens longer than the context of "
+            f"{_where(asked)}: prompt and answer are {excess} tokens longer than the context of "
             f"{model.reference!r} ({model.context_length}); ask for fewer shots or drop the row"
         )
-    return tuple(before), tuple(after)
+
+
+def _where(asked: _Asked) -> str:
+    task, shots, _, example = asked
+    return f"task {task.name!r}, {shots} shots, question {example.input[:60]!r}"
 
 
 def _judge(
@@ -223,20 +270,25 @@ def _judge(
 ) -> ItemResult:
     task, example = question.task, question.example
     choices = list(example.choices or ()) if question.likelihoods else []
-    sums = [r.log_likelihood for r in results if isinstance(r, LogLikelihoodResult)]
-    free = next((r for r in results if isinstance(r, GreedyMatchResult)), None)
+    likely = [r for r in results if isinstance(r, LogLikelihoodResult)]
+    # An examiner may ask more than one text for each choice; the first are the choices themselves.
+    sums = [r.log_likelihood for r in likely][: len(choices)]
+    free = next((r for r in results if not isinstance(r, LogLikelihoodResult)), None)
     said = free.text.strip() if free else None
+    answer, by_character = said or "", None
     if choices:
         answer = choices[int(np.argmax(sums))]
-        correct = answer == example.output
         lengths = [max(1, len(choice)) for choice in choices]
-        by_character = choices[int(np.argmax(np.array(sums) / lengths))]
+        by_character = choices[int(np.argmax(np.array(sums) / lengths))] == example.output
+    if task.examiner:
+        correct = task.examiner.grade(example, [_answer(result) for result in results])
+        answer = answer or (example.output if correct == 1 else "")
+    elif choices:
+        correct = answer == example.output
     else:
-        assert free is not None
-        assert said is not None
+        assert isinstance(free, GreedyMatchResult)
         # The same text counts too when the model spells it with other tokens than ours.
-        spelled = free.stopped and said == example.output.strip()
-        answer, correct, by_character = said, free.correct or spelled, None
+        correct = free.correct or (free.stopped and said == example.output.strip())
     arm, model, lam = who
     return ItemResult(
         arm=arm,
@@ -253,16 +305,22 @@ def _judge(
         choices=choices,
         log_likelihoods=sums,
         correct=float(correct),
-        correct_per_character=None
-        if by_character is None
-        else float(by_character == example.output),
+        correct_per_character=None if by_character is None else float(by_character),
         format_failure=float(free is not None and not _keeps_format(task, example, free)),
         label_leakage=float((said or answer) in plan.tuned_labels - task.labels),
     )
 
 
-def _keeps_format(task: Task, example: Example, free: GreedyMatchResult) -> bool:
+def _answer(result: Result) -> Answer:
+    if isinstance(result, LogLikelihoodResult):
+        return result.log_likelihood, result.is_greedy
+    return result.text
+
+
+def _keeps_format(task: Task, example: Example, free: GreedyMatchResult | GenerateResult) -> bool:
     said = free.text.strip()
+    if isinstance(free, GenerateResult):
+        return free.stopped and bool(said)
     if free.correct:
         return True
     if not free.stopped:

@@ -8,18 +8,14 @@ is in flight; each is tried several times; what is finished is kept in a file an
 from __future__ import annotations
 
 import hashlib
-import http.client
-import json
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, assert_never
 
-from keepshot.errors import ConfigError, ModelError
+from keepshot.client import Client
+from keepshot.errors import ConfigError
 from keepshot.models.loading import LanguageModel
 from keepshot.outputs import Journal
 from keepshot.scoring.engine import Engine
@@ -33,8 +29,6 @@ from keepshot.scoring.request import (
     Result,
 )
 
-RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
-"""HTTP statuses after which the same request may well succeed."""
 LINE_END = ("\n",)
 
 
@@ -82,13 +76,12 @@ class Server:
 
         Raises:
             ConfigError: if the server has several models, or none.
-            ModelError: if it does not answer.
+            ServerError: if it does not answer.
         """
         if self.model is not None:
             return self.model
         if "only" not in self._names:
-            answer = self._send("models", None, "the list of models")
-            names = [str(entry["id"]) for entry in answer.get("data", []) if "id" in entry]
+            names = self._client.ask("models", None, "the list of models", _names_of)
             if len(names) != 1:
                 raise ConfigError(
                     f"server {self.url!r} has {len(names)} models ({', '.join(names[:5])}); "
@@ -111,7 +104,7 @@ class Server:
         Greedy at temperature 0; above, how `seed` is used is the server's affair.
 
         Raises:
-            ModelError: naming the request and how often it was tried.
+            ServerError: naming the request and how often it was tried.
         """
         body: dict[str, Any] = {
             "model": self.model_name(),
@@ -124,49 +117,25 @@ class Server:
         if stop:
             body["stop"] = list(stop)[:4]  # OpenAI's limit; the cut below knows all of them
         what = f"the prompt that ends in {prompt[-40:]!r}"
-        answer = self._send("completions", body, what)
-        try:
-            choice = answer["choices"][0]
-            text, reason = choice["text"], choice.get("finish_reason")
-        except (KeyError, IndexError, TypeError):
-            text, reason = None, None
-        if not isinstance(text, str):
-            raise ModelError(
-                f"server {self.url!r} answered nonsense to {what}: {json.dumps(answer)[:120]};\n"
-                "is it an OpenAI-compatible /v1/completions? Finished requests are kept"
-            )
+        text, reason = self._client.ask("completions", body, what, _said)
         places = [place for string in stop if (place := text.find(string)) >= 0]
         cut = text[: min(places, default=len(text))]
         return Completion(cut, bool(places) or reason == "stop")
 
-    def _send(self, path: str, body: dict[str, Any] | None, what: str) -> dict[str, Any]:
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        reason = ""
-        for number in range(self.tries):
-            if number:
-                time.sleep(self.pause * 2 ** (number - 1))
-            request = urllib.request.Request(f"{self.base}/{path}", data, headers)
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    answer = json.loads(response.read())
-                if isinstance(answer, dict):
-                    return answer
-                reason = f"it answered {str(answer)[:80]!r}"
-            except urllib.error.HTTPError as error:
-                reason = f"HTTP {error.code}: {error.read(200).decode(errors='replace')}"
-                if error.code not in RETRIED:
-                    raise ModelError(
-                        f"server {self.url!r} refused {what}: {reason.strip()}"
-                    ) from None
-            except json.JSONDecodeError:
-                reason = "it answered something that is not JSON"
-            except (OSError, http.client.HTTPException) as error:
-                reason = str(getattr(error, "reason", error)) or type(error).__name__
-        raise ModelError(
-            f"server {self.url!r} gave no answer to {what} after {self.tries} tries: {reason};\n"
-            "finished requests are kept; start the server and give the same command again"
-        )
+    @property
+    def _client(self) -> Client:
+        return Client(self.base, timeout=self.timeout, tries=self.tries, pause=self.pause)
+
+
+def _names_of(answer: Any) -> list[str]:
+    return [str(entry["id"]) for entry in answer["data"]]
+
+
+def _said(answer: Any) -> tuple[str, str | None]:
+    choice = answer["choices"][0]
+    if not isinstance(choice["text"], str):
+        raise TypeError("a completion has a text")
+    return choice["text"], choice.get("finish_reason")
 
 
 class ServedEngine(Engine):

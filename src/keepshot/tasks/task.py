@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from keepshot.errors import TaskError
 from keepshot.prompts import Example, Template
@@ -25,10 +25,44 @@ Metric = Literal["accuracy", "exact_match"]
 
 
 @dataclass(frozen=True)
+class Asked:
+    """A text put to a model: how likely is `continuation`, or (None) how does it go on by itself?
+
+    `stop` and `max_new_tokens` end what the model writes.
+    """
+
+    context: str
+    continuation: str | None = None
+    stop: tuple[str, ...] = ()
+    max_new_tokens: int = 0
+
+
+Answer = tuple[float, bool] | str
+"""Log-likelihood and whether each token is the likeliest; or the text that the model wrote."""
+
+
+class Examiner(Protocol):
+    """Words the prompts of a task and grades its answers, where a template is not enough."""
+
+    def ask(self, demonstrations: Sequence[Example], example: Example) -> list[Asked]:
+        """Return what is put to the model for one question: several texts, or one to go on with."""
+        ...
+
+    def grade(self, example: Example, answers: Sequence[Answer]) -> float:
+        """Return the score, between 0 and 1, of the answers to what `ask` returned."""
+        ...
+
+    def identity(self) -> str:
+        """Return a text that changes whenever prompts or grades may."""
+        ...
+
+
+@dataclass(frozen=True)
 class Task:
     """What is asked and how it is judged.
 
-    `choice` tasks are judged by the likelihood of each choice, `exact` ones by greedy decoding.
+    `choice` tasks are judged by the likelihood of each choice, `exact` ones by greedy decoding,
+    both under `template`; an `examiner`, where there is one, asks and grades in place of that.
     No input occurs in two splits. `train` is filled only where a task is something to tune on.
     """
 
@@ -42,6 +76,7 @@ class Task:
     test: tuple[Example, ...]
     train: tuple[Example, ...] = ()
     template: Template = field(default_factory=Template)
+    examiner: Examiner | None = None
 
     @property
     def metric(self) -> Metric:
@@ -91,6 +126,8 @@ class Task:
         shape = [self.template.question, self.template.answer, self.template.separator]
         if self.template.description:
             shape.append(self.template.description)
+        if self.examiner:
+            shape.append(self.examiner.identity())
         content = [self.name, self.kind, self.version, shape, rows]
         return _digest(json.dumps(content, ensure_ascii=False))[:16]
 

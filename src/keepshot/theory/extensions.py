@@ -120,7 +120,7 @@ def _kl_term(lab: Lab) -> tuple[list[TheoryRow], list[Point], str]:
     start, anchors = lab.pretrained(), lab.unseen
     rows: list[TheoryRow] = []
     points: list[Point] = []
-    full = _flow_with_kl(lab, start)
+    full = flow_with_kl(lab, start, WEIGHTS, FEW)
     for index, weight in enumerate(WEIGHTS):
         value_only = optima.value_only_kl(start, lab.world, lab.theta, anchors, FEW, weight)
         heads = {"full": full[index], "value_only": value_only}
@@ -140,13 +140,22 @@ def _kl_term(lab: Lab) -> tuple[list[TheoryRow], list[Point], str]:
     return rows, points, words
 
 
-def _flow_with_kl(lab: Lab, start: Attention) -> list[Attention]:
-    """Tune all of (v, Q) but the row of Q that reads labels, one run per weight of the term."""
+def flow_with_kl(
+    lab: Lab, start: Attention, weights_of_term: Sequence[float], shots: int
+) -> list[Attention]:
+    """Tune all of (v, Q) but the row of Q that reads labels, one run per weight of the KL term.
+
+    Args:
+        lab: world and target.
+        start: the head that the output is held to, on prompts of unseen tasks.
+        weights_of_term: of the squared distance of outputs.
+        shots: demonstrations in those prompts.
+    """
     width, anchors = lab.world.width, lab.unseen
     mask = torch.ones(width, width, dtype=torch.float64, device=start.q.device)
     mask[-2] = 0.0  # so that two points per axis average the error exactly
-    weights = start.v.new_tensor(WEIGHTS)
-    where = (lab.world, anchors.thetas[:, None], FEW)
+    weights = start.v.new_tensor(weights_of_term)
+    where = (lab.world, anchors.thetas[:, None], shots)
 
     def head(state: Tensor) -> Attention:
         moved = head_of(state, width)
@@ -163,9 +172,9 @@ def _flow_with_kl(lab: Lab, start: Attention) -> list[Attention]:
         )
         return zero + weights * held  # up to a constant, E f_start^2
 
-    end = flow(loss, state_of(start).expand(len(WEIGHTS), -1), TUNING_TIME, tolerance=1e-4)
+    end = flow(loss, state_of(start).expand(len(weights), -1), TUNING_TIME, tolerance=1e-4)
     tuned = head(end.state)
-    return [Attention(tuned.v[i], tuned.q[i]) for i in range(len(WEIGHTS))]
+    return [Attention(tuned.v[i], tuned.q[i]) for i in range(len(weights))]
 
 
 def _low_rank(lab: Lab) -> tuple[list[Point], str]:

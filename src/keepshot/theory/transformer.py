@@ -163,6 +163,15 @@ def tune(
 
 
 @torch.no_grad()
+def blended(before: Regressor, after: Regressor, lam: float) -> Regressor:
+    """Return the transformer at `lam` on the straight path from `before` to `after`."""
+    model = copy.deepcopy(before)
+    for moved, end in zip(model.parameters(), after.parameters(), strict=True):
+        moved.lerp_(end, lam)
+    return model
+
+
+@torch.no_grad()
 def error(
     model: Regressor,
     world: World,
