@@ -197,7 +197,7 @@ def test_ten_thousand_cells_expand_in_two_seconds_of_processor_time() -> None:
 
 
 def test_a_large_grid_must_be_meant() -> None:
-    grid = expand(large(30))
+    grid = expand(large(60))
     with pytest.raises(ConfigError, match="--yes") as caught:
         check_size(grid, meant=False)
     assert f"{len(grid.units):,}" in str(caught.value)
