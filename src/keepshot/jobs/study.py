@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 import time
 from collections.abc import Generator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -458,8 +459,10 @@ def _work_apart(worker: Worker, grid: Grid, running: Running, limit: float | Non
         idle=lambda: watch.tally(tally(grid, directory)),
     )
     watch.stage(f"{workers} workers of Ray")
-    with closing(shared_out(_work_in_worker, [share] * workers, cluster)) as results:
-        for _ in results:
+    # Ray prints of lost workers, and stdout is for the result alone.
+    results = closing(shared_out(_work_in_worker, [share] * workers, cluster))
+    with redirect_stdout(sys.stderr), results as found:
+        for _ in found:
             watch.tally(tally(grid, directory))
 
 
