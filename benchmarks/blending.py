@@ -1,17 +1,20 @@
-"""Writing one blend: whole processes against mergekit's `linear` and `task_arithmetic`.
+"""Blending beside mergekit (and a path beside mergekit with lm-eval): whole processes.
 
-    python benchmarks/blending.py --mergekit /path/to/bin/mergekit-yaml [--size small|large]
+    python benchmarks/blending.py --part write --mergekit PATH/bin/mergekit-yaml
+    python benchmarks/blending.py --part big --mergekit PATH/bin/mergekit-yaml
+    python benchmarks/blending.py --part sweep --mergekit PATH/bin/mergekit-yaml
 
 mergekit pins other versions of common libraries, so give it an environment of its own:
 
     python -m venv /tmp/mergekit && /tmp/mergekit/bin/pip install mergekit==0.1.5
 
-Two random Llama models are made in a temporary directory: `small` is 135 M parameters in float32
-(538 MB each), `large` 2 G in bfloat16 in shards of 1 GB (4 GB each). Every program is started
-anew and reads from the page cache (one untimed pass before); wall time, processor time (which
-other work on the machine moves less) and peak resident memory are the operating system's. keepshot
-runs with and without its checks; `cp` of one input is the floor. Prints a table with the median
-and range of `--runs`, and how far the result is from mergekit's in float32.
+`write`: two random Llama models of 135 M parameters in float32 (538 MB each). `big`: 2 G parameters
+in bfloat16 in shards of 1 GB (4 GB each; needs 17 GB of disk). Programs are started anew, in turns,
+and read from the page cache as far as it reaches (one untimed pass before); wall time, processor
+time (which other work on the machine moves less) and peak resident memory are the operating
+system's. Prints the median and range of `--runs`. `cp` of one input is the floor. `write` ends with
+how far both tools are from the sum in float64, and fails if that is more than rounding explains.
+`sweep`: see `blending_sweep.py`; `--questions 1 --lambdas 1` tries that part out.
 """
 
 from __future__ import annotations
@@ -32,12 +35,14 @@ from keepshot.models.shards import index_text, open_checkpoint, plan_shards
 
 LAM = 0.4
 SIZES = {
-    "small": {"hidden": 576, "layers": 30, "mlp": 1536, "kv": 192, "vocab": 49152, "dtype": "F32"},
-    "large": {
-        "hidden": 2048, "layers": 32, "mlp": 8192, "kv": 512, "vocab": 32000, "dtype": "BF16",
-    },
-}  # fmt: skip
+    "write": {"hidden": 576, "layers": 30, "mlp": 1536, "kv": 192, "vocab": 49152, "dtype": "F32"},
+    "big": {"hidden": 2048, "layers": 32, "mlp": 8192, "kv": 512, "vocab": 32000, "dtype": "BF16"},
+}
 SHARD_BYTES = 1_000_000_000
+NEEDED_GB = {"write": 3, "big": 17, "sweep": 3}
+MOST_STEPS = {"keepshot": 1.5, "mergekit linear": 2.0, "mergekit task_arithmetic": 2.0}
+"""Float32 steps, at the size of the larger end, from the sum in float64."""
+MOST_APART = 2.0
 
 
 def layout(size: dict) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -56,6 +61,7 @@ def layout(size: dict) -> list[tuple[str, str, tuple[int, ...]]]:
 
 
 def make(directory: Path, size: dict, seed: int) -> None:
+    """Write a random model, a few megabytes of memory at a time."""
     directory.mkdir(exist_ok=True)
     kind = size["dtype"]
     config = {
@@ -107,37 +113,13 @@ def timed(command: list[str], log: Path) -> tuple[float, float, float]:
     return float(seconds), float(busy), float(memory)
 
 
-def difference(root: Path) -> float:
-    """Return the largest difference from mergekit, in float32 steps at the inputs' own size."""
-    places = [open_checkpoint(root / name).tensors for name in ("ours", "out", "base", "tuned")]
-    worst = 0.0
-    for name in places[0]:
-        found = [place[name] for place in places]
-        ours, other, base, tuned = (
-            np.memmap(t.file, np.float32, "r", t.offset, (t.num_elements,)) for t in found
-        )
-        gap = np.abs(ours - other) / np.spacing(np.maximum(np.abs(base), np.abs(tuned)))
-        worst = max(worst, float(gap.max()))
-    return worst
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--mergekit", help="path of mergekit-yaml; left out without it")
-    parser.add_argument("--size", choices=SIZES, default="small")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--no-checked", action="store_true", help="leave the checked blend out")
-    parser.add_argument("--work", type=Path, help="keep the models here, and use them again")
-    parser.add_argument("--make", action="store_true", help="make the models, and stop")
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        root = given.work / given.size if given.work else Path(place)
-        root.mkdir(parents=True, exist_ok=True)
-        for seed, name in enumerate(("base", "tuned")):
-            if not (root / name / "config.json").is_file():
-                make(root / name, SIZES[given.size], seed)
-        if not given.make:
-            report(root, given)
+def merge_file(method: str, base: Path, tuned: Path, lam: float, kind: str) -> str:
+    """Return mergekit's recipe for base + lam * (tuned - base)."""
+    end = f"- model: {tuned}\n  parameters: {{weight: {lam}}}\ndtype: {kind}\n"
+    if method == "linear":
+        start = f"- model: {base}\n  parameters: {{weight: {1 - lam}}}\n"
+        return f"merge_method: linear\nmodels:\n{start}{end}"
+    return f"merge_method: task_arithmetic\nbase_model: {base}\nmodels:\n{end}"
 
 
 def commands(root: Path, given: argparse.Namespace) -> dict[str, list[str]]:
@@ -147,50 +129,119 @@ def commands(root: Path, given: argparse.Namespace) -> dict[str, list[str]]:
     found = {
         "cp of one input": ["cp", "-r", base, out],
         "keepshot --no-check": [*ours, "--no-check"],
+        "keepshot": ours,
     }
-    if not given.no_checked:
-        found["keepshot"] = ours
+    if given.part == "write":
+        found["keepshot check=generate"] = [*ours, "--set", "check=generate"]
     if given.mergekit:
-        kind = "float32" if given.size == "small" else "bfloat16"
-        tail = f"dtype: {kind}\n"
-        linear = (
-            f"merge_method: linear\nmodels:\n- model: {base}\n  parameters: {{weight: {1 - LAM}}}\n"
-            f"- model: {tuned}\n  parameters: {{weight: {LAM}}}\n{tail}"
-        )
-        arithmetic = (
-            f"merge_method: task_arithmetic\nbase_model: {base}\nmodels:\n- model: {tuned}\n"
-            f"  parameters: {{weight: {LAM}}}\n{tail}"
-        )
-        for method, text in (("linear", linear), ("task_arithmetic", arithmetic)):
-            (root / f"{method}.yaml").write_text(text, encoding="utf-8")
-            found[f"mergekit {method}"] = [given.mergekit, str(root / f"{method}.yaml"), out]
-    return found
+        kind = "float32" if SIZES[given.part]["dtype"] == "F32" else "bfloat16"
+        for method in ("linear", "task_arithmetic"):
+            file = root / f"{method}.yaml"
+            text = merge_file(method, root / "base", root / "tuned", LAM, kind)
+            file.write_text(text, encoding="utf-8")
+            found[f"mergekit {method}"] = [given.mergekit, str(file), out]
+    return {name: found[name] for name in found if not given.only or name in given.only}
 
 
-def report(root: Path, given: argparse.Namespace) -> None:
-    print(f"{given.size}: lambda {LAM}, {given.runs} runs each, {os.cpu_count()} processors")
-    for name, command in commands(root, given).items():
-        seconds: list[float] = []
-        processor: list[float] = []
-        memory = 0.0
-        for run in range(given.runs + 1):
+def write_part(root: Path, given: argparse.Namespace) -> None:
+    seconds: dict[str, list[float]] = {}
+    processor: dict[str, list[float]] = {}
+    memory: dict[str, float] = {}
+    listed = commands(root, given)
+    kept = ("keepshot", "mergekit linear", "mergekit task_arithmetic")
+    for run in range(given.runs + 1):
+        for name, command in listed.items():
             shutil.rmtree(root / "out", ignore_errors=True)
             wall, busy, peak = timed(command, root / "log")
             if run:  # the first pass fills the page cache
-                seconds.append(wall)
-                processor.append(busy)
-            memory = max(memory, peak)
-        middle = statistics.median(seconds)
-        span = f"{min(seconds):.2f} to {max(seconds):.2f}"
-        work = statistics.median(processor)
-        shown = f"{middle:7.2f} s ({span}), {work:6.2f} s of processor"
-        print(f"{name:28} {shown}, {memory:5.0f} MB", flush=True)
-        if name == "keepshot --no-check":
-            shutil.rmtree(root / "ours", ignore_errors=True)
-            shutil.move(root / "out", root / "ours")
-        if name == "mergekit linear" and given.size == "small":
-            gap = difference(root)
-            print(f"{'':28} largest difference from ours: {gap:.2f} float32 steps")
+                seconds.setdefault(name, []).append(wall)
+                processor.setdefault(name, []).append(busy)
+            elif given.part == "write" and name in kept:
+                shutil.move(root / "out", root / f"result {name}")
+            memory[name] = max(peak, memory.get(name, 0.0))
+    floor = statistics.median(seconds.get("cp of one input", [float("nan")]))
+    print("| program | seconds | times `cp` | processor seconds | MB |\n|---|---|---|---|---|")
+    for name, walls in seconds.items():
+        middle, work = statistics.median(walls), statistics.median(processor[name])
+        span = f"{middle:.2f} ({min(walls):.2f} to {max(walls):.2f})"
+        print(f"| {name} | {span} | {middle / floor:.1f} | {work:.2f} | {memory[name]:.0f} |")
+    if given.part == "write":
+        compare(root, [name for name in kept if name in listed])
+        for name in kept:
+            shutil.rmtree(root / f"result {name}", ignore_errors=True)
+
+
+def compare(root: Path, names: list[str]) -> None:
+    """Say how far results are from the sum in float64 and from each other, in float32 steps.
+
+    A step is that between neighbours at the size of the larger end: the sum of two weights of
+    opposite sign can be as small as it likes, and its own steps are then no measure of rounding.
+    """
+    places = [open_checkpoint(root / name).tensors for name in ("base", "tuned")]
+    results = {name: open_checkpoint(root / f"result {name}").tensors for name in names}
+    worst = dict.fromkeys(names, 0.0)
+    squares = dict.fromkeys(names, 0.0)
+    apart = dict.fromkeys(names, 0.0)
+    count = 0
+    for tensor in places[0]:
+        base, tuned = (mapped(place[tensor]) for place in places)
+        found = {name: mapped(result[tensor]) for name, result in results.items()}
+        for start in range(0, len(base), 1 << 20):
+            part = slice(start, start + (1 << 20))
+            origin, end = base[part].astype(np.float64), tuned[part].astype(np.float64)
+            step = np.spacing(np.maximum(np.abs(base[part]), np.abs(tuned[part])))
+            errors = {
+                n: (f[part] - (origin + LAM * (end - origin))) / step for n, f in found.items()
+            }
+            count += len(origin)
+            for name, error in errors.items():
+                worst[name] = max(worst[name], float(np.abs(error).max()))
+                squares[name] += float(np.square(error).sum())
+                gap = float(np.abs(error - errors[names[0]]).max())
+                apart[name] = max(apart[name], gap)
+    for name in names:
+        mean = (squares[name] / count) ** 0.5
+        print(
+            f"{name}: {worst[name]:.2f} float32 steps from float64 at most, root mean square "
+            f"{mean:.3f}; {apart[name]:.2f} from {names[0]} at most"
+        )
+        assert worst[name] <= MOST_STEPS[name], f"{name}: further from float64 than by rounding"
+        assert apart[name] <= MOST_APART + 1e-6, f"{name}: further from ours than by rounding"
+
+
+def mapped(tensor) -> np.ndarray:
+    return np.memmap(tensor.file, np.float32, "r", tensor.offset, (tensor.num_elements,))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--part", choices=NEEDED_GB, default="write")
+    parser.add_argument("--mergekit", help="path of mergekit-yaml; left out without it")
+    parser.add_argument("--runs", type=int, default=3, help="of write and big")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="these rows, by comma")
+    parser.add_argument("--questions", type=int, default=20, help="per task, in sweep")
+    parser.add_argument("--lambdas", type=int, default=3, help="measured the other way, in sweep")
+    parser.add_argument("--work", type=Path, help="keep the models here, and use them again")
+    parser.add_argument("--make", action="store_true", help="make the models, and stop")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        root = given.work / given.part if given.work else Path(place)
+        root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(root).free / 1e9
+        if free < NEEDED_GB[given.part]:
+            raise SystemExit(f"{root}: {free:.1f} GB free, needed are {NEEDED_GB[given.part]}")
+        print(
+            f"{given.part}: {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}", flush=True
+        )
+        if given.part == "sweep":
+            from blending_sweep import sweep_part
+
+            return sweep_part(root, given)
+        for seed, name in enumerate(("base", "tuned")):
+            if not (root / name / "config.json").is_file():
+                make(root / name, SIZES[given.part], seed)
+        if not given.make:
+            write_part(root, given)
 
 
 if __name__ == "__main__":

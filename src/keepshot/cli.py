@@ -158,13 +158,18 @@ def tune(
     given = option.given(model=model, data=data, method=method, keep=keep, seed=seed)
     where = option.given(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     spec = tune_spec(recipe, given, where, set_ or [])
-    with working(as_json) as screen:
+    first = os.environ.get("RANK", "0") == "0"
+    with working(as_json or not first) as screen:
         screen.stage("starting")
         from keepshot.jobs.tune import tune as tune_job
+        from keepshot.scoring.processes import join_processes
 
-        with open_workspace(out, "tuned", spec, overwrite) as workspace:
-            document = tune_job(spec, open_store(accept_licence), workspace, screen)
-    show(document, as_json, workspace.out_dir)
+        processes = join_processes(os.environ)
+        place = open_workspace(out, "tuned", spec, overwrite) if first else nullcontext()
+        with place as workspace:
+            document = tune_job(spec, open_store(accept_licence), workspace, screen, processes)
+    if workspace is not None:
+        show(document, as_json, workspace.out_dir)
 
 
 @app.command()
@@ -200,7 +205,7 @@ def blend(
         sweep=parse_lambdas(sweep) if sweep else None, target=target, pick=pick,
         tasks=option.names(tasks), shots=option.whole_numbers("--shots", shots), seeds=seeds,
         limit=limit, seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
-        check=False if no_check else None, following=option.following(follow),
+        check="none" if no_check else None, following=option.following(follow),
     )  # fmt: skip
     spec = blend_spec(None if tuned else Path(base), given, set_ or [])
     if spec.sweep is None:

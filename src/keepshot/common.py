@@ -31,7 +31,7 @@ def write_blend(spec: Any, out: Path, store: AssetStore, overwrite: bool, as_jso
         return locate_model(reference, store, trust_remote_code=spec.trust_remote_code)
 
     check = rule = place = None
-    if spec.check:
+    if spec.generates:
         from keepshot.jobs.check import loads_and_generates
 
         check = loads_and_generates(spec.base, store, trust_remote_code=spec.trust_remote_code)

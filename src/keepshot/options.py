@@ -82,7 +82,7 @@ Sweep = Annotated[str | None, typer.Option("--sweep", help="START:STOP:STEP, or 
 Target = Annotated[str | None, typer.Option("--target", help="File or task tuned for.")]
 Pick = Annotated[str | None, typer.Option("--pick", help="Rule, such as keep-target:0.9.")]
 NoCheck = Annotated[
-    bool, typer.Option("--no-check", help="Write without hashing and without a load test.")
+    bool, typer.Option("--no-check", help="Write without hashing and without reading it again.")
 ]
 
 # -- judge -------------------------------------------------------------------------------------

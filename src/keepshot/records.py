@@ -143,7 +143,8 @@ class PathPoint(_Record):
 
     `tasks` is the few-shot score by task; `below_base` names those whose paired 95 % interval of
     the difference from the base lies below 0. `answer_length` counts characters, where answers
-    are free text.
+    are free text. `following` is the share of prompts whose instructions are all followed, `recall`
+    the few-shot score over the tasks that ask for knowledge alone.
     """
 
     lam: float = Field(validation_alias=_LAMBDA, serialization_alias="lambda")
@@ -160,6 +161,10 @@ class PathPoint(_Record):
     format_failure: float | None = None
     label_leakage: float | None = None
     answer_length: float | None = None
+    following: float | None = None
+    following_ci95: tuple[float, float] | None = None
+    recall: float | None = None
+    recall_ci95: tuple[float, float] | None = None
 
 
 class TrainingRecord(_Record):

@@ -27,8 +27,10 @@ from keepshot.tuning.keep import Term, parse_keep
 from keepshot.tuning.method_specs import Full, LoRA, ValueOnly, default_learning_rate, parse_method
 from keepshot.tuning.methods import prepare
 from keepshot.tuning.recipe import Recipe
+from keepshot.tuning.record import TuneRecord
 from keepshot.tuning.stages import attach_prompts
-from keepshot.tuning.train import Extra, TuneRecord, train
+from keepshot.tuning.tokenised import Extra
+from keepshot.tuning.train import train
 
 Build = Callable[..., LanguageModel]
 FRUIT = ["apple", "berry", "cherry", "date", "egg", "fig", "grape", "honey", "ice", "jam", "kiwi"]

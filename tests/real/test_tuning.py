@@ -54,7 +54,9 @@ def test_an_adapter_is_trained_written_and_loaded_again(store: AssetStore, tmp_p
     tuned = logits(model)
     assert not torch.allclose(tuned, untuned, atol=0.05)
     written = {path.name for path in (tmp_path / "adapter").iterdir()}
-    assert written == {"adapter_config.json", "adapter_model.safetensors", "keepshot-base.json"}
+    assert written == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "keepshot-base.json",
+    }  # fmt: skip
     assert json.loads((tmp_path / "tuning.json").read_text())["model_sha256"] == model.sha256
     again = load(str(tmp_path / "adapter"), store)
     assert torch.allclose(logits(again), tuned, atol=2e-3)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peft import AdaLoraConfig, IA3Config, LoraConfig, OFTConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from keepshot.blending.dora import dora_at
+from keepshot.blending.adapter import dora_at
 from keepshot.blending.sweep import rescale_adapter
 from keepshot.blending.write import verify, write
 from keepshot.errors import ModelError

@@ -6,11 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from keepshot.records import Cost, ItemResult, PickRecord, ResultDocument, write_items, write_text
+from keepshot.records import (
+    Cost,
+    InstructionScore,
+    ItemResult,
+    PickRecord,
+    ResultDocument,
+    write_items,
+    write_text,
+)
 from keepshot.report import compare, write_report
 from keepshot.report.along import conduct_chart, relative_chart, tasks_along_chart
 from keepshot.report.figures import trajectory_chart
 from keepshot.report.flips import flips
+from keepshot.report.following import following_chart
 from keepshot.scoring.summary import path_points, summarise
 
 
@@ -88,12 +97,53 @@ def test_conduct_is_the_documents() -> None:
     drawn = values(conduct_chart(document()))
     failures = {row["x"]: row["y"] for row in drawn if row.get("kind") == "no possible answer"}
     assert failures == {0.0: 0.0, 0.5: 0.0, 1.0: pytest.approx(0.8)}
-    lengths = {row["x"]: row["y"] for row in drawn if "kind" not in row and "y" in row}
+    lengths = {row["x"]: row["y"] for row in drawn if "low" in row}
     assert lengths == {
         0.0: pytest.approx(0.8 * 4 + 0.2 * 12),
         0.5: pytest.approx(0.6 * 4 + 0.4 * 12),
         1.0: pytest.approx(0.2 * 4 + 0.8 * 12),
     }
+
+
+def test_recall_is_drawn_with_its_interval() -> None:
+    points = [
+        point.model_copy(update={"recall": 0.5 - 0.1 * n, "recall_ci95": (0.3 - 0.1 * n, 0.6)})
+        for n, point in enumerate(document().path)
+    ]
+    drawn = values(conduct_chart(document().model_copy(update={"path": points})))
+    found = [(row["x"], row["y"], row["low"], row["high"]) for row in drawn if "low" in row]
+    recall = [row for row in found if row[3] == 0.6]
+    assert [row[:2] for row in recall] == [(0.0, 0.5), (0.5, 0.4), (1.0, pytest.approx(0.3))]
+    assert [row[2] for row in recall] == [0.3, pytest.approx(0.2), pytest.approx(0.1)]
+
+
+def followed(share: float, **changes: object) -> InstructionScore:
+    names = ("prompt_strict", "prompt_loose", "instruction_strict", "instruction_loose")
+    content: dict[str, object] = {
+        "arm": "path", "model": "m", "prompt_set": "set", "split": "validation", "variant": "plain",
+        "style": "chat", "num_prompts": 40, "num_instructions": 50, "truncated": 0.0,
+        **dict.fromkeys(names, share), **{f"{n}_ci95": (share - 0.1, share + 0.1) for n in names},
+    }  # fmt: skip
+    return InstructionScore.model_validate(content | changes)
+
+
+def test_few_shot_against_instructions_has_its_own_pareto_set() -> None:
+    """Scores .8, .6, .2 along lambda; with .5, .4 and .7 followed, the middle one is beaten."""
+    shares = {0.0: 0.5, 0.5: 0.4, 1.0: 0.7}
+    rows = [followed(share, **{"lambda": lam}) for lam, share in shares.items()]
+    noise = [
+        followed(0.9, **{"lambda": 0.5, "split": "test"}),
+        followed(0.9, **{"lambda": 0.5, "prompt_set": "another"}),
+        followed(0.9, arm="tuned", **{"lambda": 1.0}),
+    ]
+    whole = document(lam=None).model_copy(update={"instructions": [*rows, *noise]})
+    drawn = values(following_chart(whole))
+    path = {(row["x"], row["y"]) for row in drawn if "hover" in row}
+    assert path == {(0.5, 0.8), (0.4, 0.6), (0.7, 0.2)}
+    rings = {(row["x"], row["y"]) for row in drawn if row.keys() == {"x", "y"}}
+    assert rings == {(0.5, 0.8), (0.7, 0.2)}
+    assert following_chart(document()) is None
+    assert following_chart(whole.model_copy(update={"instructions": rows[:1]})) is None
 
 
 def test_pairs_are_drawn_against_their_own_tuned_model() -> None:

@@ -60,6 +60,31 @@ def test_blend_is_the_float64_oracle_within_one_rounding(
     assert (np.abs(out.double().numpy() - expected) <= tolerance).all()
 
 
+@pytest.mark.parametrize("lam", [0.1, 0.4, 0.7])
+@pytest.mark.parametrize("relative", [0.01, 1.0])
+def test_other_orders_of_the_same_sum_lie_two_float32_steps_away(
+    lam: float, relative: float
+) -> None:
+    """What mergekit's `linear` does: (1 - lam) * base + lam * tuned, over the weights' sum.
+
+    Each of its four operations rounds at the size of the ends, and so do two of our three: no two
+    orders give the same bits. Steps are those of float32 at the larger end, for the sum of two
+    weights of opposite sign can be as small as it likes.
+    """
+    base, tuned = (end.float() for end in tensors(3, 400, 500, relative=relative))
+    weights = torch.tensor([1 - lam, lam])
+    other = torch.zeros_like(base)
+    for end, weight in zip((base, tuned), weights, strict=True):
+        other.addcmul_(end, weight)
+    other /= weights.sum()
+    step = np.spacing(np.maximum(np.abs(base.numpy()), np.abs(tuned.numpy()))).astype(np.float64)
+    ours = blend(base, tuned, lam)
+    errors = [(out.double().numpy() - oracle(base, tuned, lam)) / step for out in (ours, other)]
+    assert np.abs(errors[0] - errors[1]).max() <= 2.0 + 1e-6
+    assert np.abs(errors[0]).max() <= 1.5
+    assert np.abs(errors[1]).max() <= 2.0
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_lambda_0_and_1_are_bit_equal_to_both_ends(dtype: torch.dtype) -> None:
     base, tuned = (end.to(dtype) for end in tensors(0, 64, 65, relative=2.0))

@@ -14,6 +14,7 @@ from keepshot.prompts import VERBATIM, Example, Template
 from keepshot.tasks.source import Message, MessagesRow, PromptRow, Row, TextRow
 from keepshot.tuning.batch import Sample, Source, fingerprint, group, pad, read_logits, schedule
 from keepshot.tuning.data import (
+    Encoded,
     encode_demonstrations,
     encode_few_shot,
     encode_row,
@@ -135,6 +136,26 @@ def test_long_rows_are_an_error_or_counted_but_never_cut(model: LanguageModel):
         encode_rows(
             model, [], template=TEMPLATE, max_length=30, long_rows="drop", source="my.jsonl"
         )
+
+
+def test_cut_rows_keep_what_is_left_of_their_answers(model: LanguageModel):
+    rows = [Example("a", "short"), Example("b", "much longer"), Example("far too long", "x")]
+    opening = len(model.encode("ab")) - 2
+
+    def cut(most: float) -> Encoded:
+        return encode_rows(
+            model, rows, template=Template(), max_length=14 + opening, long_rows="cut",
+            source="my.jsonl", most_unanswered=most,
+        )  # fmt: skip
+
+    found = cut(0.34)
+    assert (found.num_cut, found.num_unanswered, found.num_dropped) == (1, 1, 0)
+    first, second = (model.decode(sample.ids[opening:]) for sample in found.samples)
+    assert (first, second) == ("Q: a\nA: short\n", "Q: b\nA: much l")
+    # A character is a token here: the answer begins after `Q: b\nA:`, at the eighth.
+    assert found.samples[1].read == tuple(range(6 + opening, 13 + opening))
+    with pytest.raises(TaskError, match="1 of 3 rows have no token of their answer left"):
+        cut(0.3)
 
 
 def test_hold_out_is_seeded_and_keeps_every_row_once():

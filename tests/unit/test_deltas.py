@@ -15,8 +15,14 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor
 
-from keepshot.blending.deltas import intruders, prune, shrink_intruders, truncate
-from keepshot.blending.reshape import write_changed, write_lore
+from keepshot.blending.reshape import (
+    intruders,
+    prune,
+    shrink_intruders,
+    truncate,
+    write_changed,
+    write_lore,
+)
 from keepshot.blending.write import write
 from keepshot.errors import ConfigError, ModelError
 from keepshot.models.checkpoint import TensorReader

@@ -284,7 +284,12 @@ def test_blend_writes_one_point_and_sweeps_a_path(
     assert (point / "config.json").exists()  # the directory itself is the model
     record = json.loads((point / "keepshot.json").read_text("utf-8"))
     assert (record["base"], record["tuned"], record["lambda"]) == ("base", "other", 0.4)
-    assert "loaded with transformers and continued" in record["checked"][0]
+    [checked] = record["checked"]  # without torch
+    assert checked.startswith("30 tensors read again"), checked
+    loaded = ["--lambda", "0.4", "--set", "check=generate", "--out", "loaded"]
+    assert status("blend", "base", "other", *loaded) == 0
+    record = json.loads((workplace / "loaded" / "keepshot.json").read_text("utf-8"))
+    assert "loaded with transformers and continued" in record["checked"][1]
     assert status("verify", "point") == 0
     assert status("measure", "point", "--tasks", "addition", "--limit", "2", "--seeds", "1") == 0
     capsys.readouterr()
@@ -312,7 +317,11 @@ def test_blend_writes_one_point_and_sweeps_a_path(
     rows = read_items(workplace / "path" / "items.parquet")
     assert {row.lam for row in rows if row.arm == "path"} == set(lams)
     assert "Questions that flip" in (workplace / "path" / "report.html").read_text("utf-8")
-    assert (workplace / "path" / "model" / "keepshot.json").exists()
+    record = json.loads((workplace / "path" / "model" / "keepshot.json").read_text("utf-8"))
+    assert "loaded with transformers and continued" in record["checked"][1]
+    again = ["--sweep", "0:1:0.5", *arguments, *target, "--set", "stream=true", "--out", "streamed"]
+    assert status("blend", "other", "base", *again) == 0
+    assert ResultDocument.read(workplace / "streamed").path == document.path
     rule = ["--set", "rule.kinds.mlp=0", "--no-check", "--pick", "best-icl", "--out", "frozen"]
     assert status("blend", "other", "base", "--sweep", "0.5", *arguments, *rule) == 0
     with (

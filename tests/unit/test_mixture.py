@@ -29,7 +29,8 @@ from keepshot.tuning.penalties import diagonal_fisher, few_shot_loss, pull_from_
 from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.symbols import SYMBOLS, symbol_windows
 from keepshot.tuning.terms import next_token
-from keepshot.tuning.train import Extra, train
+from keepshot.tuning.tokenised import Extra
+from keepshot.tuning.train import train
 
 Build = Callable[..., LanguageModel]
 TEMPLATE = Template()

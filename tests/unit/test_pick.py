@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from keepshot.blending.pick import (
@@ -19,7 +21,8 @@ from keepshot.blending.pick import (
     with_interval,
 )
 from keepshot.errors import ConfigError
-from keepshot.records import ItemResult, PathPoint
+from keepshot.jobs.along import resample_following, with_following
+from keepshot.records import InstructionRow, ItemResult, PathPoint
 from keepshot.scoring.summary import path_points, resample_path
 
 # lambda: (few-shot score, target); the shape measured on a small model tuned hard.
@@ -159,6 +162,7 @@ def test_default_numbers() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("keep-following:x", "'x' is not a number"),
         ("keep-taget:0.9", "pick rule 'keep-taget' is unknown; nearest is 'keep-target'; rules: "),
         ("kneee", "nearest is 'knee'"),
         ("best", "pick rule 'best' is unknown.*keep-target:0.9, knee, weighted:2"),
@@ -304,6 +308,54 @@ def test_points_name_the_tasks_that_are_significantly_below_the_base() -> None:
     assert resampled.icl.mean(axis=0) == pytest.approx([0.9, 0.89, 0.2], abs=0.005)
     assert resampled.target is not None
     assert resampled.target.mean(axis=0) == pytest.approx([0.0, 0.5, 0.9], abs=0.01)
+
+
+def followed(shares: dict[float, float], count: int) -> list[InstructionRow]:
+    return [
+        InstructionRow(
+            arm="path", model="m", lam=lam, prompt_set="set", split="validation", variant="plain",
+            style="chat", key=f"{n:03d}", prompt="p", answer="a", truncated=False, types=["t", "u"],
+            strict=[True, n < round(share * count)], loose=[True, True],
+        )
+        for lam, share in shares.items()
+        for n in range(count)
+    ]  # fmt: skip
+
+
+def test_keep_following_weighs_instructions_in_place_of_a_target() -> None:
+    few_shot = {0.0: (0.8, 0.0), 0.4: (0.9, 0.0), 0.6: (0.8, 0.0), 1.0: (0.5, 0.0)}
+    rows = {
+        lam: [row for row in own if row.task == "other"]
+        for lam, own in measured(few_shot, 50).items()
+    }
+    instructions = followed({0.0: 0.1, 0.4: 0.5, 0.6: 0.62, 1.0: 0.7}, 100)
+    other = [replace(row, arm="tuned", strict=[True, True]) for row in instructions]
+    points = path_points(rows, rows[0.0], target=None, split="validation")
+    rule = parse_rule("keep-following:0.8")
+    with pytest.raises(ConfigError, match="put some with --follow"):
+        pick(points, rule)
+    points = with_following(points, [*instructions, *other])
+    assert [point.following for point in points] == [0.1, 0.5, 0.62, 0.7]
+    record = pick(points, rule)
+    assert record.lam == 0.6
+    assert record.reason == (
+        "lambda 0.6 has the best few-shot score (0.800, retention 1.000) among the 2 of 4 lambdas "
+        "with a share of instructions followed of at least 0.560 (0.8 of the tuned model's 0.700); "
+        "its own is 0.620"
+    )
+    assert record.pareto == [0.4, 0.6, 1.0]
+    resampled = resample_path(rows, target=None)
+    shares = resample_following([*instructions, *other], resampled.lams)
+    assert shares is not None
+    assert shares.mean(axis=0) == pytest.approx([0.1, 0.5, 0.62, 0.7], abs=0.01)
+    found = with_interval(record, points, replace(resampled, following=shares), rule)
+    # 0.4 follows .714 of the tuned model's share, 0.6 .886, and the bar is .8.
+    assert found.lambda_ci95 == (0.4, 0.6)
+    assert 0.8 < (found.share_same or 0.0) < 1.0
+    none = [point.model_copy(update={"following": 0.0}) for point in points]
+    assert pick(none, rule).reason == (
+        "no lambda does this: the tuned model follows no instructions"
+    )
 
 
 def test_best_icl_needs_no_target() -> None:

@@ -8,22 +8,41 @@ import pytest
 
 from keepshot.errors import ConfigError
 from keepshot.specs import Spec
+from keepshot.tasks.catalog import SUITES
 from keepshot.tuning import recipe as recipes
 from keepshot.tuning.keep import KL, TERMS, Mix, find_term, parse_keep
 from keepshot.tuning.method_specs import METHODS, Full, LoRA, ValueOnly, parse_method
-from keepshot.tuning.recipe import Recipe, auto
+from keepshot.tuning.recipe import AUTO_TERM, Auto, Recipe, auto
 
 
 def read(**content: Any) -> Recipe:
     return Recipe.from_mapping({"data": "x", **content}, source="r.yaml")
 
 
-def test_auto_is_lora_held_by_the_kl_term():
+def test_auto_is_lora_held_by_the_kl_term_and_decides_the_rest():
     chosen = auto("my.jsonl", model="m")
     assert chosen.method == LoRA(rank=16, targets="all-linear")
-    assert chosen.keep == (KL(),)
-    assert auto("my.jsonl", model="m", keep="none").keep == ()
+    assert chosen.keep == (AUTO_TERM,)
+    assert chosen.auto == Auto()
+    assert chosen.learning_rate is None
+    without = auto("my.jsonl", model="m", keep="none")
+    assert (without.keep, without.auto) == ((), None)
+    assert auto("my.jsonl", model="m", keep="kl").auto is None
     assert auto("my.jsonl", model="m", method="full").method == Full()
+    assert auto("my.jsonl", model="m", method="prompt-tuning").keep == ()
+
+
+def test_auto_asks_nothing_that_it_trains_on_or_that_a_suite_measures():
+    trained, asked = set(AUTO_TERM.tasks.split(",")), set(Auto().guard_tasks)
+    assert trained | asked == set(SUITES["anchors"])
+    assert not trained & asked
+    assert not (trained | asked) & {*SUITES["core"], *SUITES["full"]}
+
+
+def test_auto_trains_long_enough_on_little_data():
+    assert read(auto={}).resolved(20).steps == 75
+    assert read(auto={}).resolved(16 * 100).steps == 300
+    assert read(auto={}, steps=3).resolved(20).steps == 3
 
 
 def test_every_name_parses():
@@ -57,8 +76,10 @@ def test_steps_and_rate_are_filled_in():
         ({"learning_rte": 1}, "`learning_rte` is unknown; nearest is 'learning_rate'"),
         ({"keep": [{"name": "kl"}, {"name": "kl"}]}, "term 'kl' is given twice"),
         ({"keep": [{"name": "kl", "shots": [8, 2]}]}, "the fewest shots come first"),
+        ({"keep": [{"name": "kl", "direction": "k3", "top_k": 9}]}, "`top_k` has no use with k3"),
         ({"keep": [{"name": "mix", "general_share": 0.1}]}, "given together or not at all"),
         ({"keep": [{"name": "mix", "icl_share": 0.0}]}, "nothing to mix in"),
+        ({"batch_size": 16, "accumulate": 3}, "cannot be divided into accumulate = 3 parts"),
         ({"method": {"name": "lora", "rank": 0}}, "greater than 0"),
     ],
 )

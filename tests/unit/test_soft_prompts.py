@@ -34,7 +34,8 @@ from keepshot.tuning.method_specs import BiasOnly, Full, LoRA, ProMoT, PromptTun
 from keepshot.tuning.methods import export, prepare
 from keepshot.tuning.recipe import Recipe, auto
 from keepshot.tuning.stages import Work, attach_prompts, run_stages, under_prompt
-from keepshot.tuning.train import Extra, train
+from keepshot.tuning.tokenised import Extra
+from keepshot.tuning.train import train
 
 Build = Callable[..., LanguageModel]
 IDS = torch.arange(3, 40).reshape(1, -1)

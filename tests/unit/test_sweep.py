@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from cases import FAMILIES
 from keepshot.blending.blend import blend, same_bits
 from keepshot.blending.sweep import rescale_adapter, sweep, sweep_adapter
 from keepshot.errors import ConfigError, ModelError
-from keepshot.models.loading import LanguageModel
+from keepshot.models.checkpoint import TensorReader
+from keepshot.models.loading import LanguageModel, save
 
 LAMS = (0.0, 0.1, 0.5, 0.9, 1.0, 1.2)
 Build = Callable[..., LanguageModel]
@@ -237,3 +239,41 @@ def test_a_model_without_adapter_and_a_merged_one_are_refused(fresh_pico: Build)
     model.module.merge_adapter()
     with pytest.raises(ModelError, match="is merged into the weights"):
         sweep_adapter(model, [0.5], lambda _lam: None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("streamed", ["tuned", "both"])
+def test_streaming_from_disk_is_the_same_path(
+    family: str, streamed: str, fresh_pico: Build, tmp_path: Path
+) -> None:
+    """For models that do not fit twice: the live model alone, both ends read from disk."""
+    model, other = fresh_pico(family, seed=0), fresh_pico(family, seed=1)
+    for one, name in ((model, "base"), (other, "tuned")):
+        save(one, tmp_path / name)
+    base, tuned = snapshot(model), snapshot(other)
+    in_memory = sweep(model, tuned, LAMS, lambda _: snapshot(model))
+    with TensorReader(tmp_path / "base") as origin, TensorReader(tmp_path / "tuned") as end:
+        where = origin if streamed == "both" else None
+        found = sweep(model, end, LAMS, lambda _: snapshot(model), base=where)
+    for (lam, expected), (seen, state) in zip(in_memory, found, strict=True):
+        assert lam == seen
+        assert_same_bits(state, expected)
+    assert_same_bits(snapshot(model), base)
+
+
+def test_streaming_reads_in_the_models_own_dtype(fresh_pico: Build, tmp_path: Path) -> None:
+    model, other = fresh_pico("llama", seed=0), fresh_pico("llama", seed=1)
+    for one, name in ((model, "base"), (other, "tuned")):
+        save(one, tmp_path / name)
+    for one in (model, other):
+        one.module.to(torch.bfloat16)
+    expected = sweep(model, snapshot(other), LAMS, lambda _: snapshot(model))
+    before = snapshot(model)
+    with TensorReader(tmp_path / "base") as origin, TensorReader(tmp_path / "tuned") as end:
+        found = sweep(model, end, LAMS, lambda _: snapshot(model), base=origin)
+        for (_, one), (_, two) in zip(expected, found, strict=True):
+            assert_same_bits(two, one)
+        assert_same_bits(snapshot(model), before)
+        next(iter(model.module.parameters())).data += 1
+        with pytest.raises(ModelError, match="does not hold it as it is in memory"):
+            sweep(model, end, LAMS, lambda _: None, base=origin)

@@ -9,6 +9,7 @@ import torch
 from keepshot.tuning.terms import (
     Direction,
     annealed,
+    coarse_log_probs,
     k3,
     kl_divergence,
     next_token,
@@ -87,6 +88,53 @@ def test_no_gradient_flows_into_the_teacher():
     kl_divergence(student, teacher, everywhere(student), "forward").backward()
     assert student.grad is not None
     assert teacher.grad is None
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_the_divergence_of_top_tokens_and_tail_agrees_with_numpy(k: int, direction: Direction):
+    student, teacher = draw(1), draw(2)
+    kept = teacher.topk(k, dim=1).indices
+
+    def parts(logits: torch.Tensor) -> np.ndarray:
+        p = np.exp(numpy_log_softmax(logits))
+        own = np.take_along_axis(p, kept.numpy(), axis=1)
+        return np.concatenate([own, 1.0 - own.sum(axis=1, keepdims=True)], axis=1)
+
+    p, q = parts(teacher), parts(student)
+    p, q = (p, q) if direction == "forward" else (q, p)
+    expected = (p * np.log(p / q)).sum(axis=1).mean()
+    value = kl_divergence(
+        coarse_log_probs(student, kept), coarse_log_probs(teacher, kept), everywhere(student),
+        direction,
+    )  # fmt: skip
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    # Merging tokens never adds to a divergence; with all but one apart nothing is merged.
+    whole = kl_divergence(student, teacher, everywhere(student), direction).item()
+    assert value.item() <= whole + 1e-6
+    if k == 6:
+        assert value.item() == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_likely_tail_does_not_cancel_and_its_gradient_agrees_with_finite_differences():
+    student = draw(3)
+    student[:, 0] += 40.0
+    kept = torch.zeros((len(student), 1), dtype=torch.long)
+    assert bool(torch.isfinite(coarse_log_probs(student, kept)).all())
+    moved, teacher = draw(4).requires_grad_(), coarse_log_probs(draw(5), kept + 2)
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return kl_divergence(
+            coarse_log_probs(logits, kept + 2), teacher, everywhere(logits), "forward"
+        )
+
+    loss(moved).backward()
+    assert moved.grad is not None
+    step = torch.zeros_like(moved)
+    step[1, 3] = 0.05
+    with torch.no_grad():
+        slope = (loss(moved + step) - loss(moved - step)).item() / 0.1
+    assert moved.grad[1, 3].item() == pytest.approx(slope, rel=1e-2)
 
 
 def test_token_log_probs_agree_with_numpy():

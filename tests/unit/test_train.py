@@ -24,8 +24,10 @@ from keepshot.tuning.batch import pad, read_logits
 from keepshot.tuning.keep import KL, Mix
 from keepshot.tuning.method_specs import Full, LoRA
 from keepshot.tuning.recipe import Recipe
+from keepshot.tuning.record import TuneRecord
 from keepshot.tuning.terms import kl_divergence
-from keepshot.tuning.train import Extra, TuneRecord, train
+from keepshot.tuning.tokenised import Extra
+from keepshot.tuning.train import train
 
 Build = Callable[..., LanguageModel]
 FRUIT = ["apple", "berry", "cherry", "date", "egg", "fig", "grape", "honey", "ice", "jam", "kiwi"]
@@ -113,6 +115,23 @@ def test_the_cache_limits_the_pool(fresh_pico: Build):
     assert 0.8 * 2**20 < sum(sizes) <= 2**20
 
 
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_a_cache_of_top_tokens_is_small_and_holds_as_well(direction: Any, fresh_pico: Build):
+    untuned, free, held = (fresh_pico("llama") for _ in range(3))
+    head = untuned.module.get_output_embeddings()
+    term = KL(prompts=24, direction=direction, top_k=8)
+    prompts = draw_prompts(untuned, [ANCHOR], term, max_length=512, seed=0)
+    pool = cache_teacher(untuned, prompts, term, head=head)
+    count = sum(len(sample.read) for sample in prompts)
+    assert sum(table.numel() for table in pool.log_probs) == 9 * count
+    with torch.no_grad():
+        value = AnchorKL("kl", 5.0, pool, direction, 0)(untuned.module, 0, head)
+    assert abs(value.item()) < 1e-6
+    tune(free, steps=30)
+    tune(held, steps=30, keep=(term,))
+    assert divergence(held, untuned, term, 9) < 0.5 * divergence(free, untuned, term, 9)
+
+
 def test_anchor_prompts_vary_in_shots_and_fit(fresh_pico: Build):
     model = fresh_pico("llama")
     term = KL(prompts=40, shots=(2, 8))
@@ -170,6 +189,30 @@ def test_weights_broken_by_the_last_step_are_noticed(
     assert equal(weights(model), before)
 
 
+@pytest.mark.parametrize("method", [Full(), LoRA(rank=2)], ids=lambda m: m.name)
+def test_parts_of_a_batch_and_checkpointing_change_nothing(method: Any, fresh_pico: Build):
+    keep = (KL(prompts=8, prompts_per_step=1),)
+    whole, parts, again = (fresh_pico("llama") for _ in range(3))
+    expected = tune(whole, method=method, keep=keep, learning_rate=1e-3)
+    divided = tune(parts, method=method, keep=keep, learning_rate=1e-3, accumulate=3)
+    for one, other in zip(expected.losses, divided.losses, strict=True):
+        assert other == pytest.approx(one, abs=1e-5)
+    recomputed = tune(again, method=method, keep=keep, learning_rate=1e-3, checkpointing=True)
+    assert recomputed.losses == expected.losses
+    assert equal(weights(again), weights(whole))
+
+
+def test_bfloat16_is_close_and_the_weights_stay_as_they_were_loaded(fresh_pico: Build):
+    plain, coarse = fresh_pico("llama"), fresh_pico("llama")
+    expected = tune(plain, learning_rate=1e-3, steps=4).losses
+    found = tune(coarse, learning_rate=1e-3, steps=4, bf16=True).losses
+    assert found != expected
+    assert [row["loss"] for row in found] == pytest.approx(
+        [row["loss"] for row in expected], rel=0.05
+    )
+    assert {str(weight.dtype) for weight in weights(coarse).values()} == {"torch.float32"}
+
+
 def test_states_of_another_recipe_are_not_taken_up(fresh_pico: Build, tmp_path: Path):
     state_dir = tmp_path / "state"
     (state_dir / "checkpoint-3").mkdir(parents=True)
@@ -222,6 +265,7 @@ def test_progress_is_told_of_every_step(fresh_pico: Build):
         ({"keep": (KL(),)}, "the kl term has no anchor tasks"),
         ({"keep": (Mix(),)}, "the mix term has no anchor tasks"),
         ({"max_length": 100_000}, "max_length 100000 is more than the context"),
+        ({"report_to": ("no-such-tracker",)}, "report_to .*no-such-tracker.* is not supported"),
         ({"keep": (Mix(icl_share=0.4),), "batch_size": 1}, "leaves no room for the target"),
     ],
 )

@@ -53,7 +53,7 @@ class BlendRecord:
     """What was written, from what.
 
     `lam` is None where lambda differed by tensor. The sha256 are by file name: of every weight
-    file of both inputs, and of every file of the output but the record itself; none where
+    file of the inputs, and of every file of the output but the record itself; none where
     hashing was left out. `second` is the further model that was added, with its factor.
     """
 
@@ -68,6 +68,7 @@ class BlendRecord:
     base_sha256: dict[str, str]
     tuned_sha256: dict[str, str]
     output_sha256: dict[str, str]
+    second_sha256: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     rounding: str = "nearest"
     seed: int = 0
@@ -137,6 +138,7 @@ def model_card(record: BlendRecord) -> str:
     if record.base_sha256:
         lines += ["", "sha256 of the inputs:", ""]
     lines += _hashes("base", record.base_sha256) + _hashes("tuned", record.tuned_sha256)
+    lines += _hashes("second", record.second_sha256)
     lines += ["", f"`keepshot verify` checks the files here against `{RECORD_NAME}`.", ""]
     return "\n".join(lines)
 

@@ -62,7 +62,9 @@ def parts_of_directory(directory: Path) -> dict[str, tuple[Part, ...]]:
         module: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{directory}: {str(error).splitlines()[0]}") from None
-    return _as_stored(module, parts_of(module))
+    parts = parts_of(module)
+    stored = stored_names(module).items()
+    return parts | {name: parts[live] for name, live in stored if live in parts}
 
 
 def check_covers(parts: Mapping[str, tuple[Part, ...]], names: Iterable[str], where: Path) -> None:
@@ -75,13 +77,16 @@ def check_covers(parts: Mapping[str, tuple[Part, ...]], names: Iterable[str], wh
         )
 
 
-def _as_stored(module: Any, parts: dict[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
-    """Give the parts the names under which transformers stores the tensors, where they differ."""
+def stored_names(module: Any) -> dict[str, str]:
+    """Return, by the name under which transformers stores a tensor, its name in the live module.
+
+    Tensors that are stored otherwise than whole (fused here, apart there) are left out.
+    """
     state: dict[str, torch.Tensor] = module.state_dict()
-    names = {(t.data_ptr(), t.shape): name for name, t in reversed(state.items()) if name in parts}
-    stored = {name: names.get((t.data_ptr(), t.shape)) for name, t in
-              revert_weight_conversion(module, state).items()}  # fmt: skip
-    return parts | {name: parts[live] for name, live in stored.items() if live is not None}
+    names = {(t.data_ptr(), t.shape): name for name, t in reversed(state.items())}
+    stored: dict[str, torch.Tensor] = revert_weight_conversion(module, state)
+    found = {name: names.get((t.data_ptr(), t.shape)) for name, t in stored.items()}
+    return {name: name if name in state else live for name, live in found.items() if live}
 
 
 def _rows(piece: WeightSlice, weight: torch.Tensor) -> tuple[int, ...] | None:

@@ -33,6 +33,18 @@ class KeepTarget(Spec):
         return f"{self.name}:{self.share:g}"
 
 
+class KeepFollowing(Spec):
+    """The best few-shot ability among lambdas that still follow enough of the instructions."""
+
+    name: Literal["keep-following"] = "keep-following"
+    share: float = Field(default=0.9, gt=0.0, le=2.0)
+    """Least share of prompts followed, as a share of the tuned model's (that at lambda 1)."""
+
+    def __str__(self) -> str:
+        """Return the form that `parse_rule` reads."""
+        return f"{self.name}:{self.share:g}"
+
+
 class Knee(Spec):
     """The lambda at which the path lies furthest outside the line from base to tuned."""
 
@@ -87,12 +99,19 @@ class NoLoss(Spec):
         return self.name
 
 
-AnyRule = KeepTarget | Knee | Weighted | BestWorst | NoLoss | BestICL
+AnyRule = KeepTarget | KeepFollowing | Knee | Weighted | BestWorst | NoLoss | BestICL
 PickRule = Annotated[AnyRule, Field(discriminator="name")]
 
+_Axis = Literal["target", "following"]
+"""What few-shot ability is weighed against."""
 _EXAMPLES = {
     "keep-target": "keep-target:0.9", "knee": "knee", "weighted": "weighted:2",
-    "best-worst": "best-worst:0.9", "no-loss": "no-loss", "best-icl": "best-icl",
+    "keep-following": "keep-following:0.9", "best-worst": "best-worst:0.9",
+    "no-loss": "no-loss", "best-icl": "best-icl",
+}  # fmt: skip
+
+_NUMBERS = {
+    "keep-target": "share", "keep-following": "share", "best-worst": "share", "weighted": "weight",
 }  # fmt: skip
 
 
@@ -109,13 +128,15 @@ def parse_rule(text: str) -> AnyRule:
         raise ConfigError(unknown("pick rule", name, _EXAMPLES, listing))
     content: dict[str, str | float] = {"name": name}
     if colon:
-        field = {"keep-target": "share", "best-worst": "share", "weighted": "weight"}.get(name)
+        field = _NUMBERS.get(name)
         if field is None:
             raise ConfigError(f"pick rule {text!r}: {name} takes no number; write {name!r}")
         content[field] = _number(number, text)
     match name:
         case "keep-target":
             return KeepTarget.from_mapping(content, source=f"pick rule {text!r}")
+        case "keep-following":
+            return KeepFollowing.from_mapping(content, source=f"pick rule {text!r}")
         case "weighted":
             return Weighted.from_mapping(content, source=f"pick rule {text!r}")
         case "best-worst":
@@ -128,7 +149,9 @@ def parse_rule(text: str) -> AnyRule:
             return Knee.from_mapping(content, source=f"pick rule {text!r}")
 
 
-def check_rule(rule: AnyRule, lams: Sequence[float], has_target: bool) -> None:
+def check_rule(
+    rule: AnyRule, lams: Sequence[float], has_target: bool, has_following: bool = False
+) -> None:
     """Check, before anything is measured, that a sweep can serve the rule.
 
     Raises:
@@ -136,7 +159,11 @@ def check_rule(rule: AnyRule, lams: Sequence[float], has_target: bool) -> None:
     """
     if isinstance(rule, BestICL):
         return
-    if not has_target:
+    if isinstance(rule, KeepFollowing) and not has_following:
+        raise ConfigError(
+            f"pick rule {str(rule)!r} weighs instructions followed; put some with --follow"
+        )
+    if not (has_target or isinstance(rule, KeepFollowing)):
         raise ConfigError(f"pick rule {str(rule)!r} weighs a target score; name one with --target")
     compared = isinstance(rule, Knee | BestWorst | NoLoss)
     ends = {1.0: "the tuned model"} | ({0.0: "the base"} if compared else {})
@@ -165,10 +192,13 @@ def pick(points: Sequence[PathPoint], rule: AnyRule) -> PickRecord:
     path = sorted(points, key=lambda point: point.lam)
     assert len({point.lam for point in path}) == len(path), "two points for one lambda"
     has_target = all(point.target is not None for point in path)
-    check_rule(rule, [point.lam for point in path], has_target)
+    has_following = all(point.following is not None for point in path)
+    check_rule(rule, [point.lam for point in path], has_target, has_following)
     match rule:
         case KeepTarget():
-            lam, reason = _keep_target(path, rule.share)
+            lam, reason = _keep(path, rule.share, "target")
+        case KeepFollowing():
+            lam, reason = _keep(path, rule.share, "following")
         case Knee():
             lam, reason = _knee(path)
         case Weighted():
@@ -187,12 +217,17 @@ def pick(points: Sequence[PathPoint], rule: AnyRule) -> PickRecord:
 
 
 def pareto(points: Sequence[PathPoint]) -> list[float]:
-    """Return the lambdas that no other beats in few-shot or target score without losing either."""
-    if any(point.target is None for point in points):
+    """Return the lambdas that no other beats in few-shot or target score without losing either.
+
+    Without a target, the share of prompts whose instructions are followed takes its place.
+    """
+    kind: _Axis = "following" if any(point.target is None for point in points) else "target"
+    if kind == "following" and any(point.following is None for point in points):
         return []
 
     def beaten(point: PathPoint) -> bool:
-        ends = [(other.icl - point.icl, _target(other) - _target(point)) for other in points]
+        own = _score(point, kind)
+        ends = [(other.icl - point.icl, _score(other, kind) - own) for other in points]
         return any(min(end) >= 0.0 and max(end) > 0.0 for end in ends)
 
     return sorted(point.lam for point in points if not beaten(point))
@@ -257,6 +292,9 @@ def _resampled_points(
             update={
                 "icl": float(icl[place]),
                 "target": None if target is None else float(target[number, place]),
+                "following": None
+                if resampled.following is None
+                else float(resampled.following[number, place]),
                 "retention": None
                 if point.retention is None or ability <= 0.0
                 else float((icl[place] - resampled.chance) / ability),
@@ -314,24 +352,26 @@ def _no_loss(path: Sequence[PathPoint]) -> tuple[float | None, str]:
     )
 
 
-def _keep_target(path: Sequence[PathPoint], share: float) -> tuple[float | None, str]:
-    tuned = _target(_at(path, 1.0))
+def _keep(path: Sequence[PathPoint], share: float, kind: _Axis) -> tuple[float | None, str]:
+    what = "a target score" if kind == "target" else "a share of instructions followed"
+    tuned = _score(_at(path, 1.0), kind)
     if tuned <= 0.0:
-        return None, "no lambda does this: the tuned model scores 0 on the target"
+        where = "scores 0 on the target" if kind == "target" else "follows no instructions"
+        return None, f"no lambda does this: the tuned model {where}"
     floor = share * tuned
     # A share of 0.9 of 0.7 is 0.63 on paper and a hair more in binary.
-    enough = [point for point in path if _target(point) >= floor - 1e-9]
-    bar = f"a target score of at least {floor:.3f} ({share:g} of the tuned model's {tuned:.3f})"
+    enough = [point for point in path if _score(point, kind) >= floor - 1e-9]
+    bar = f"{what} of at least {floor:.3f} ({share:g} of the tuned model's {tuned:.3f})"
     if not enough:
-        best = max(path, key=lambda point: (_target(point), -point.lam))
+        best = max(path, key=lambda point: (_score(point, kind), -point.lam))
         return None, (
             f"no lambda does this: none has {bar}; "
-            f"the best is {_target(best):.3f} at lambda {best.lam:g}"
+            f"the best is {_score(best, kind):.3f} at lambda {best.lam:g}"
         )
-    chosen = max(enough, key=lambda point: (point.icl, _target(point), -point.lam))
+    chosen = max(enough, key=lambda point: (point.icl, _score(point, kind), -point.lam))
     return chosen.lam, (
         f"lambda {chosen.lam:g} has the best few-shot score ({_ability(chosen)}) among the "
-        f"{len(enough)} of {len(path)} lambdas with {bar}; its own is {_target(chosen):.3f}"
+        f"{len(enough)} of {len(path)} lambdas with {bar}; its own is {_score(chosen, kind):.3f}"
     )
 
 
@@ -385,8 +425,13 @@ def _at(path: Sequence[PathPoint], lam: float) -> PathPoint:
 
 
 def _target(point: PathPoint) -> float:
-    assert point.target is not None
-    return point.target
+    return _score(point, "target")
+
+
+def _score(point: PathPoint, kind: _Axis) -> float:
+    value = point.target if kind == "target" else point.following
+    assert value is not None
+    return value
 
 
 def _ability(point: PathPoint) -> str:

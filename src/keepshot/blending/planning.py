@@ -16,10 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from keepshot.blending.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapts, check_exact
+from keepshot.blending.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    check_adapts,
+    check_exact,
+    scale_dora,
+)
 from keepshot.blending.arithmetic import FLOATS, Lambda, Rounding
 from keepshot.blending.companions import compare_configs, compare_tokens, may_be_tied, vocabulary
-from keepshot.blending.dora import scale_dora
 from keepshot.blending.rules import LambdaRule, as_rule, check_lambda
 from keepshot.blending.stream import Side, TensorPlan, same_bytes
 from keepshot.errors import ConfigError, ModelError, unknown
@@ -53,7 +58,8 @@ class Writing:
     """A further model tuned from the same base, and how much of its difference is added
     (RE-Adapt, arXiv 2405.15007, eq. 4)."""
     hash_files: bool = True
-    """Put the sha256 of every file read and written into the record."""
+    """Put the sha256 of every file read and written into the record, and read what was written
+    again (see `keepshot.blending.reread`)."""
     names: tuple[str, ...] = ()
     """What the record calls base, tuned and `second`, if not by their directories."""
     overwrite: bool = False

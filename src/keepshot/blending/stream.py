@@ -7,6 +7,7 @@ note beside it of what was measured on the way. Knows nothing of configs, tokeni
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -14,12 +15,13 @@ import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from keepshot.assets import sha256_of
 from keepshot.blending.arithmetic import (
     FLOATS,
     Array,
@@ -90,6 +92,32 @@ Sums = tuple[float, float]
 """<out - base, delta> and |delta|^2 of a tensor; their quotient is the lambda realised."""
 
 
+@dataclass(frozen=True)
+class How:
+    """How shards are written."""
+
+    rounding: Rounding = "nearest"
+    """To types of 16 bits."""
+    seed: int = 0
+    """Of stochastic rounding."""
+    hashed: bool = False
+    """Return the sha256 of every shard as it lies on the disk, too."""
+    told: Callable[[int, int], None] = lambda _done, _total: None
+    """Called with the bytes written so far, and in all."""
+    naming: Callable[[PlannedShard], None] = lambda _shard: None
+    """Called when a shard is whole, before it gets its name."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was measured on the way."""
+
+    sums: dict[str, Sums] = field(default_factory=dict)
+    """What the realised lambda is computed from, by tensor."""
+    sha256: dict[str, str] = field(default_factory=dict)
+    """By file."""
+
+
 class Files:
     """Files opened once, read and written by offset from any thread."""
 
@@ -108,13 +136,9 @@ class Files:
 
     def read(self, tensor: StoredTensor, start: int, out: Array) -> Array:
         """Fill `out` (uint8) with the tensor's data from element `start` on."""
-        view = out.data
         offset = tensor.offset + start * ITEM_SIZE[tensor.dtype]
-        while len(view):
-            count = os.preadv(self._descriptor(tensor.file), [view], offset)
-            if count == 0:
-                raise ModelError(f"{tensor.file}: became shorter while it was read; get it again")
-            view, offset = view[count:], offset + count
+        if not _read_all(self._descriptor(tensor.file), out.data, offset):
+            raise ModelError(f"{tensor.file}: became shorter while it was read; get it again")
         return out
 
     def _descriptor(self, file: Path) -> int:
@@ -133,47 +157,45 @@ def write_shards(
     shards: Sequence[PlannedShard],
     plans: Mapping[str, TensorPlan],
     folder: Path,
-    *,
-    rounding: Rounding = "nearest",
-    seed: int = 0,
-    told: Callable[[int, int], None] = lambda _done, _total: None,
-) -> dict[str, Sums]:
+    how: How | None = None,
+) -> Written:
     """Write all shards that are not whole in `folder` yet; the same bytes however often stopped.
 
     Args:
         shards: from `plan_shards`.
         plans: one for each tensor in them.
         folder: where they go; it exists.
-        rounding: to types of 16 bits.
-        seed: of stochastic rounding.
-        told: called with the bytes written so far, and in all.
-
-    Returns:
-        What the realised lambda is computed from, by tensor.
+        how: see `How`.
 
     Raises:
         ModelError: naming a tensor that holds NaN or infinity, integers that differ, or a file
             that cannot be read.
         OSError: if the disk is full.
     """
-    sums: dict[str, Sums] = {}
+    how = how or How()
+    written = Written()
     total = sum(shard.num_bytes for shard in shards)
     done = 0
     threads = min(_MAX_THREADS, os.cpu_count() or 1)
     with Files() as files, ThreadPoolExecutor(threads) as pool:
-        work = _Work(files, plans, rounding, seed)
+        work = _Work(files, plans, how)
         try:
             for shard in shards:
                 known = _finished(shard, folder)
-                if known is None:
-                    known = _write_shard(shard, folder, work, pool)
-                sums |= known
+                if known is not None and how.hashed:
+                    # Its header is whole; its data need not be, after a power cut.
+                    digest = sha256_of(folder / shard.name)
+                    known = (known[0], digest) if known[1] in (None, digest) else None
+                sums, digest = known or _write_shard(shard, folder, work, pool)
+                written.sums.update(sums)
+                if digest is not None:
+                    written.sha256[shard.name] = digest
                 done += shard.num_bytes
-                told(done, total)
+                how.told(done, total)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return sums
+    return written
 
 
 def drop_notes(shards: Sequence[PlannedShard], folder: Path) -> None:
@@ -204,23 +226,39 @@ def same_bytes(first: StoredTensor, second: StoredTensor) -> bool:
 
 def _write_shard(
     shard: PlannedShard, folder: Path, work: _Work, pool: ThreadPoolExecutor
-) -> dict[str, Sums]:
+) -> tuple[dict[str, Sums], str | None]:
     partial = folder / f".{shard.name}.partial"
     pieces = [(t, span) for t in shard.tensors.values() for span in _spans(t.num_elements)]
+    digest = hashlib.sha256(shard.header) if work.how.hashed else None
+    held = np.empty(CHUNK * 8, np.uint8)
     with _writing(partial, shard) as descriptor:
         parts = pool.map(lambda piece: work.blend(descriptor, piece[0], *piece[1]), pieces)
         sums: dict[str, Sums] = {}
         # Added up in the order of the data, whichever thread was first.
-        for (tensor, _), part in zip(pieces, parts, strict=True):
+        for (tensor, span), part in zip(pieces, parts, strict=True):
             if part is not None:
                 along, norm = sums.get(tensor.name, (0.0, 0.0))
                 sums[tensor.name] = (along + part[0], norm + part[1])
+            if digest is not None:
+                digest.update(_read_back(descriptor, tensor, *span, held))
+    work.how.naming(shard)
     partial.replace(folder / shard.name)
     note = _note(shard, folder)
     temporary = note.with_name(f"{note.name}.partial")
-    temporary.write_text(json.dumps(sums), encoding="utf-8")
+    sha256 = digest.hexdigest() if digest is not None else None
+    temporary.write_text(json.dumps({"sums": sums, "sha256": sha256}), encoding="utf-8")
     temporary.replace(note)
-    return sums
+    return sums, sha256
+
+
+def _read_back(
+    descriptor: int, tensor: StoredTensor, start: int, stop: int, held: Array
+) -> memoryview:
+    """Return what a reader will find, which is not taken on trust from the memory it came from."""
+    size = ITEM_SIZE[tensor.dtype]
+    view = held.data[: (stop - start) * size]
+    _read_all(descriptor, view, tensor.offset + start * size)
+    return view
 
 
 @contextmanager
@@ -243,19 +281,20 @@ def _writing(partial: Path, shard: PlannedShard) -> Generator[int]:
         os.close(descriptor)
 
 
-def _finished(shard: PlannedShard, folder: Path) -> dict[str, Sums] | None:
+def _finished(shard: PlannedShard, folder: Path) -> tuple[dict[str, Sums], str | None] | None:
     file, note = folder / shard.name, _note(shard, folder)
     if not (file.is_file() and note.is_file()):
         return None
     try:
-        sums = json.loads(note.read_text(encoding="utf-8"))
+        noted = json.loads(note.read_text(encoding="utf-8"))
+        sums, digest = noted["sums"], noted["sha256"]
         found = read_header(file)
-    except (ValueError, ModelError):
+    except (ValueError, KeyError, TypeError, ModelError):
         return None
     planned = {(t.name, t.dtype, t.shape, t.offset) for t in shard.tensors.values()}
     if {(t.name, t.dtype, t.shape, t.offset) for t in found} != planned:
         return None
-    return {name: (float(along), float(norm)) for name, (along, norm) in sums.items()}
+    return {name: (float(along), float(norm)) for name, (along, norm) in sums.items()}, digest
 
 
 def _note(shard: PlannedShard, folder: Path) -> Path:
@@ -264,6 +303,16 @@ def _note(shard: PlannedShard, folder: Path) -> Path:
 
 def _spans(count: int) -> list[tuple[int, int]]:
     return [(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+
+
+def _read_all(descriptor: int, view: memoryview, offset: int) -> bool:
+    """Fill a buffer; return whether there was enough."""
+    while len(view):
+        count = os.preadv(descriptor, [view], offset)
+        if count == 0:
+            return False
+        view, offset = view[count:], offset + count
+    return True
 
 
 def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
@@ -275,13 +324,10 @@ def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
 class _Work:
     """What every thread needs to blend one chunk; buffers are each thread's own."""
 
-    def __init__(
-        self, files: Files, plans: Mapping[str, TensorPlan], rounding: Rounding, seed: int
-    ) -> None:
+    def __init__(self, files: Files, plans: Mapping[str, TensorPlan], how: How) -> None:
+        self.how = how
         self._files = files
         self._plans = plans
-        self._rounding = rounding
-        self._seed = seed
         self._own = threading.local()
 
     def blend(self, descriptor: int, target: StoredTensor, start: int, stop: int) -> Sums | None:
@@ -364,8 +410,8 @@ class _Work:
         if values is base[0] and plan.base is not None and plan.base.dtype == plan.dtype:
             assert base[1] is not None
             return base[1]
-        by_dice = self._rounding == "stochastic" and plan.dtype in ("F16", "BF16")
-        dice = dice_for(self._seed, plan.name, start) if by_dice else None
+        by_dice = self.how.rounding == "stochastic" and plan.dtype in ("F16", "BF16")
+        dice = dice_for(self.how.seed, plan.name, start) if by_dice else None
         return narrow(values, plan.dtype, dice)
 
     def _name_fault(self, plan: TensorPlan, found: Mapping[str, Array]) -> None:

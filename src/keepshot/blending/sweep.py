@@ -1,8 +1,9 @@
 """Many lambdas on one live model: weights changed in place, the base restored bit for bit.
 
-Knows nothing of what is measured: that is a callback. Memory: one copy of the base's changed
-tensors beside the model, however many lambdas there are, and the tuned tensors if they are given
-live; those of a checkpoint are read again at every lambda, one at a time.
+Knows nothing of what is measured: that is a callback. Memory, however many lambdas there are: a
+copy of the base's changed tensors beside the model, and the tuned tensors if they are given live.
+Either is spared by giving the checkpoint instead, whose tensors are read again at every lambda,
+one at a time; with both, the live model is all there is.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from keepshot.blending.adapter import check_exact
+from keepshot.blending.adapter import check_exact, dora_at
 from keepshot.blending.blend import blend_, check_pair, same_bits
-from keepshot.blending.dora import dora_at
+from keepshot.blending.parts import stored_names
 from keepshot.blending.rules import LambdaRule, as_rule, check_lambda
 from keepshot.errors import ModelError
 from keepshot.models.checkpoint import TensorReader
@@ -37,7 +38,7 @@ class _Place:
 
     name: str
     live: Tensor
-    base: Tensor
+    base: Callable[[], Tensor]
     tuned: Callable[[], Tensor]
 
 
@@ -47,6 +48,7 @@ def sweep(
     lams: Sequence[float],
     measure: Callable[[float], T],
     rule: Callable[[float], LambdaRule] = as_rule,
+    base: TensorReader | None = None,
 ) -> list[tuple[float, T]]:
     """Call `measure(lam)` with `model` at base + lam * (tuned - base), for each lambda in turn.
 
@@ -55,11 +57,13 @@ def sweep(
 
     Args:
         model: the base; changed in place during the sweep.
-        tuned: state dict of the tuned model, or its checkpoint; tied tensors may be there under
-            any of their names.
+        tuned: state dict of the tuned model, or its checkpoint, which is read in the model's own
+            dtype; tied tensors may be there under any of their names.
         lams: in the order in which they are to be measured.
         measure: reads the model as it then is; its results are returned beside their lambdas.
         rule: makes of each lambda what each tensor gets; all the same if not given.
+        base: the checkpoint that `model` was loaded from. The base is then read from it whenever
+            it is needed, also at the end, in place of a copy in memory.
 
     Raises:
         ConfigError: if a lambda is not a finite number.
@@ -68,14 +72,16 @@ def sweep(
     """
     for lam in lams:
         check_lambda(lam)
-    places = _places(model.module, _Stored(tuned) if isinstance(tuned, TensorReader) else tuned)
+    state = model.module.state_dict()
+    ends = tuned if isinstance(tuned, Mapping) else _Stored(tuned, model.module)
+    places = _places(state, ends, None if base is None else _Stored(base, model.module))
     results: list[tuple[float, T]] = []
     with torch.no_grad():
         try:
             for lam in lams:
                 lookup = rule(lam)
                 for place in places:
-                    blend_(place.live, place.base, place.tuned(), lookup(place.name))
+                    blend_(place.live, place.base(), place.tuned(), lookup(place.name))
                 results.append((lam, measure(lam)))
         finally:
             _restore_(places)
@@ -173,22 +179,22 @@ def _adapted_layers(module: nn.Module) -> Sequence[Any]:
     return layers
 
 
-def _places(module: nn.Module, tuned: Mapping[str, Tensor]) -> list[_Place]:
-    """Pair every tensor of the module that tuning changed with its two ends."""
-    state: dict[str, Tensor] = module.state_dict()
+def _places(
+    state: Mapping[str, Tensor], tuned: Mapping[str, Tensor], base: Mapping[str, Tensor] | None
+) -> list[_Place]:
+    """Pair every tensor of the live model that tuning changed with its two ends."""
     unknown = sorted(tuned.keys() - state.keys())
     if unknown:
         raise ModelError(_mismatch(unknown, "the tuned model has", "the base has not"))
     tied: dict[tuple[int, torch.Size, tuple[int, ...]], list[str]] = defaultdict(list)
     for name, tensor in state.items():
         tied[tensor.data_ptr(), tensor.shape, tensor.stride()].append(name)
-    pairs = {names[0]: [name for name in names if name in tuned] for names in tied.values()}
-    missing = [name for name, given in pairs.items() if not given]
+    missing = [names[0] for names in tied.values() if not any(name in tuned for name in names)]
     if missing:
         raise ModelError(_mismatch(missing, "the base has", "the tuned model has not"))
     places: list[_Place] = []
-    for name, given in pairs.items():
-        first, *others = given
+    for names in tied.values():
+        first, *others = [name for name in names if name in tuned]
         for other in others:
             if not same_bits(tuned[first], tuned[other]):
                 raise ModelError(
@@ -196,26 +202,56 @@ def _places(module: nn.Module, tuned: Mapping[str, Tensor]) -> list[_Place]:
                     "tuned model; untie the base's first"
                 )
         _check_fits(first, state[first], tuned[first])
-        if not same_bits(state[first], tuned[first]):
-            read = partial(_on_device, tuned, first, state[first].device)
-            places.append(_Place(name, state[first], state[first].clone(), read))
+        live = state[first]
+        if not same_bits(live, tuned[first].to(live.device)):
+            read = partial(_on_device, tuned, first, live.device)
+            places.append(_Place(names[0], live, _origin(names, live, base), read))
     return places
 
 
-class _Stored(Mapping[str, Tensor]):
-    """The tensors of a checkpoint, read when they are asked for and not kept."""
+def _origin(
+    names: Sequence[str], live: Tensor, base: Mapping[str, Tensor] | None
+) -> Callable[[], Tensor]:
+    """Return what gives a base tensor back: a copy, or its checkpoint."""
+    if base is None:
+        kept = live.clone()
+        return lambda: kept
+    name = next((name for name in names if name in base), None)
+    if name is None or not same_bits(live, base[name].to(live.device)):
+        raise ModelError(
+            f"tensor {names[0]!r}: the base's checkpoint does not hold it as it is in memory; "
+            "sweep with the base in memory"
+        )
+    return partial(_on_device, base, name, live.device)
 
-    def __init__(self, reader: TensorReader) -> None:
+
+class _Stored(Mapping[str, Tensor]):
+    """The tensors of a checkpoint, read when they are asked for and not kept.
+
+    Under the names, and in the dtype, of the live model, as loading would have them.
+    """
+
+    def __init__(self, reader: TensorReader, module: nn.Module) -> None:
         self._reader = reader
+        self._live: dict[str, Tensor] = module.state_dict()
+        names = stored_names(module)
+        self._names = {names.get(name, name): name for name in reader.names}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._reader.read(name)
+        found = self._reader.read(self._names[name])
+        live = self._live.get(name)
+        if live is None or not (live.is_floating_point() and found.is_floating_point()):
+            return found
+        return found.to(live.dtype)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # without reading it
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._reader.names)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._reader.names)
+        return len(self._names)
 
 
 def _on_device(tuned: Mapping[str, Tensor], name: str, device: torch.device) -> Tensor:
@@ -237,11 +273,11 @@ def _check_fits(name: str, live: Tensor, tuned: Tensor) -> None:
 def _restore_(places: Sequence[_Place]) -> None:
     try:
         for place in places:
-            place.live.copy_(place.base)
+            place.live.copy_(place.base())
     except KeyboardInterrupt:
         # A second Ctrl-C must not leave half a blend behind; copying again is idempotent.
         for place in places:
-            place.live.copy_(place.base)
+            place.live.copy_(place.base())
         raise
 
 

@@ -1,7 +1,8 @@
 """The directory of an unfinished blend: found again after a kill, never mistaken for another.
 
 Work goes on in `.NAME.partial` beside the final place. It carries the fingerprint of what was
-asked and what the inputs were, so that only the same blend of the same files goes on in it.
+asked and what the inputs were, so that only the same blend of the same files goes on in it: their
+size and time of change, and the sha256 of all that the shards written so far were made of.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from keepshot.blending.hashing import Hashing, Mark
 from keepshot.errors import ModelError, OutputError, UserError
 from keepshot.outputs import claim, follow_umask, output_error, write_text
 
@@ -26,33 +28,59 @@ _LOCK = ".lock"
 
 @dataclass(frozen=True)
 class Input:
-    """A file that is read: its name for the record, and its sha256 where it was asked for."""
+    """A file that is read, and its name in the note."""
 
     name: str
     file: Path
-    sha256: str | None = None
 
-    def state(self) -> dict[str, Any]:
-        """Return what tells this content from another."""
+    def state(self) -> dict[str, int]:
+        """Return what tells at a glance that a file was touched."""
         status = self.file.stat()
-        return {"size": status.st_size, "changed": status.st_mtime_ns, "sha256": self.sha256}
+        return {"size": status.st_size, "changed": status.st_mtime_ns}
+
+
+class Unfinished:
+    """The directory to work in, with its note of what the inputs were when work began."""
+
+    def __init__(self, folder: Path, fingerprint: str, inputs: Sequence[Input]) -> None:
+        """Begin work on inputs as they are now."""
+        self.folder = folder
+        self._inputs = inputs
+        self._state: dict[str, Any] = {
+            "fingerprint": fingerprint,
+            "inputs": {entry.name: entry.state() for entry in inputs},
+        }
+
+    def note(self, marks: Mapping[str, Mark]) -> None:
+        """Write down how far the inputs are hashed, for who goes on from here."""
+        hashed = {name: [mark.position, mark.sha256] for name, mark in marks.items()}
+        content = json.dumps({**self._state, "hashed": hashed}, indent=1)
+        write_text(content, self.folder / _STATE)
+
+    def check_untouched(self) -> None:
+        """Raise ModelError if an input was touched since work began."""
+        for entry in self._inputs:
+            if entry.state() != self._state["inputs"][entry.name]:
+                raise ModelError(f"{entry.file}: changed while it was read; write the blend again")
 
 
 @contextmanager
 def unfinished(
     out_dir: Path,
     fingerprint: str,
-    inputs: list[Input],
+    inputs: Sequence[Input],
+    hashing: Hashing | None,
     worth_keeping: Callable[[Path], bool],
     *,
     overwrite: bool = False,
-) -> Generator[Path]:
+) -> Generator[Unfinished]:
     """Yield the directory to work in, with what an earlier try left; it becomes `out_dir`.
 
     Args:
         out_dir: the final place; empty or absent unless `overwrite`.
         fingerprint: of all that determines the bytes written.
         inputs: the files read.
+        hashing: of these files, by name, not started; None compares size and time of change alone.
         worth_keeping: says whether an interrupted try left parts that save work.
         overwrite: begin again, and replace what lies at `out_dir`.
 
@@ -67,17 +95,15 @@ def unfinished(
         shutil.rmtree(folder, ignore_errors=True)
     known = _read_state(folder)
     if known is not None:
-        _check_same(known, fingerprint, inputs, folder)
+        _check_same(known, fingerprint, inputs, hashing, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            "fingerprint": fingerprint,
-            "inputs": {entry.name: entry.state() for entry in inputs},
-        }
         lock = FileLock(folder / _LOCK, timeout=0)
         with _held(lock, folder):
-            write_text(json.dumps(state, indent=1), folder / _STATE)
-            yield folder
+            work = Unfinished(folder, fingerprint, inputs)
+            work.note(_marks(known))
+            yield work
+            work.check_untouched()
             (folder / _STATE).unlink()
         (folder / _LOCK).unlink(missing_ok=True)
         follow_umask(folder)
@@ -124,25 +150,41 @@ def _read_state(folder: Path) -> Mapping[str, Any] | None:
     """Return what an earlier try noted; a directory without a note is begun again."""
     try:
         found = json.loads((folder / _STATE).read_text(encoding="utf-8"))
-        return {"fingerprint": found["fingerprint"], "inputs": dict(found["inputs"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        known = {key: found[key] for key in ("fingerprint", "inputs", "hashed")}
+        _marks(known)
+        return known
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         shutil.rmtree(folder, ignore_errors=True)
         return None
 
 
+def _marks(known: Mapping[str, Any] | None) -> dict[str, Mark]:
+    """Return how far an earlier try had hashed the inputs."""
+    hashed = known["hashed"] if known is not None else {}
+    return {name: Mark(int(place), str(digest)) for name, (place, digest) in hashed.items()}
+
+
 def _check_same(
-    known: Mapping[str, Any], fingerprint: str, inputs: list[Input], folder: Path
+    known: Mapping[str, Any],
+    fingerprint: str,
+    inputs: Sequence[Input],
+    hashing: Hashing | None,
+    folder: Path,
 ) -> None:
     if known["fingerprint"] != fingerprint:
         raise OutputError(
             f"{folder}: an unfinished blend of other settings lies there; add --overwrite to "
             "discard it, or name another with --out"
         )
+    marks = {name: mark for name, mark in _marks(known).items() if hashing is not None}
+    differing = hashing.differing(marks) if hashing is not None else None
     for entry in inputs:
         before, now = known["inputs"].get(entry.name), entry.state()
-        both_hashed = bool(before and before["sha256"] and now["sha256"])
-        compared = ("sha256",) if both_hashed else ("size", "changed")
-        if before is None or any(before[key] != now[key] for key in compared):
+        same = before == now
+        if before is not None and before["size"] == now["size"] and entry.name in marks:
+            # Hashed to its end, content alone decides, whoever touched the file.
+            same = same or marks[entry.name].position == now["size"]
+        if not same or entry.name == differing:
             raise ModelError(
                 f"{entry.file}: changed since this blend was begun (in {folder}); "
                 "add --overwrite to begin again"

@@ -13,6 +13,7 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,10 +23,12 @@ from keepshot.assets import sha256_of
 from keepshot.blending.adapter import ADAPTER_WEIGHTS
 from keepshot.blending.card import CARD_NAME, RECORD_NAME, BlendRecord, RealisedLambda, model_card
 from keepshot.blending.companions import copy_adapter_companions, copy_companions
+from keepshot.blending.hashing import Hashing
 from keepshot.blending.planning import BlendPlan, Writing, fingerprint_text, plan_blend
+from keepshot.blending.reread import reread
 from keepshot.blending.rules import LambdaRule, check_lambda
-from keepshot.blending.stream import drop_notes, num_whole, write_shards
-from keepshot.blending.unfinished import Input, unfinished, unfinished_path
+from keepshot.blending.stream import How, Written, drop_notes, num_whole, write_shards
+from keepshot.blending.unfinished import Input, Unfinished, unfinished, unfinished_path
 from keepshot.errors import ModelError, OutputError
 from keepshot.models.shards import INDEX, SINGLE, PlannedShard, index_text, plan_shards
 from keepshot.outputs import claim
@@ -37,7 +40,7 @@ _ROUNDING_SLACK = 0.02
 _NUM_HASHERS = 2
 
 Check = Callable[[Path], str]
-"""Looks at the finished directory before it gets its name; returns what it found, in words."""
+"""Looks further at the finished directory before it gets its name; returns what it found."""
 
 
 @dataclass(frozen=True)
@@ -150,47 +153,59 @@ def _write(
     shards = plan_shards(layout, options.max_shard_bytes, Path(), single=single)
     if plan.is_adapter and len(shards) > 1:
         shards = plan_shards(layout, plan.num_bytes + 1, Path(), single=single)
-    inputs, digests = _inputs(plan, options.hash_files, watch)
-    record = replace(record, base_sha256=digests["base"], tuned_sha256=digests["tuned"])
+    inputs = [
+        Input(f"{side}/{file.name}", file)
+        for side, checkpoint in plan.inputs.items()
+        for file in checkpoint.files
+    ]
     text = f"keepshot {__version__} {fingerprint_text(plan, options)}"
     fingerprint = hashlib.sha256(text.encode()).hexdigest()
-    left = unfinished_path(out_dir)
-    whole = num_whole(shards, left)
+    whole = num_whole(shards, unfinished_path(out_dir))
     _check_space(out_dir, sum(shard.num_bytes for shard in shards[whole:]))
-    with unfinished(
-        out_dir,
-        fingerprint,
-        inputs,
-        lambda folder: num_whole(shards, folder) > 0,
-        overwrite=options.overwrite,
-    ) as folder:
+    files = {entry.name: entry.file for entry in _in_turns(inputs)}
+    with (
+        Hashing(files) if options.hash_files else nullcontext() as hashing,
+        unfinished(
+            out_dir,
+            fingerprint,
+            inputs,
+            hashing,
+            lambda folder: num_whole(shards, folder) > 0,
+            overwrite=options.overwrite,
+        ) as work,
+    ):
         watch.progress.stage("blending")
-        sums = write_shards(
-            shards,
-            plan.tensors,
-            folder,
+        if hashing is not None:
+            hashing.start()
+        how = How(
             rounding=options.rounding,
             seed=options.seed,
+            hashed=options.hash_files,
             told=lambda done, total: watch.progress.update(
                 done, total, f"{done / 1e9:.1f}/{total / 1e9:.1f} GB"
             ),
+            naming=lambda shard: _note_read(shard, plan, work, hashing),
         )
+        written = write_shards(shards, plan.tensors, work.folder, how)
         if len(shards) > 1:
-            (folder / INDEX).write_text(index_text(shards), encoding="utf-8")
-        record = _finish(plan, record, sums, folder, (options, watch, shards))
+            (work.folder / INDEX).write_text(index_text(shards), encoding="utf-8")
+        if hashing is not None:
+            watch.progress.stage("hashing the inputs")
+            record = _with_digests(record, hashing.digests())
+        record = _finish(plan, record, written, work.folder, (options, watch, shards))
     return record
 
 
 def _finish(
     plan: BlendPlan,
     record: BlendRecord,
-    sums: dict[str, tuple[float, float]],
+    written: Written,
     folder: Path,
     how: tuple[Writing, Watch, Sequence[PlannedShard]],
 ) -> BlendRecord:
     """Put beside the weights what belongs there, check the whole, and write the record last."""
     options, watch, shards = how
-    realised = RealisedLambda.from_sums(sums)
+    realised = RealisedLambda.from_sums(written.sums)
     base_dir, tuned_dir = plan.folder("base"), plan.folder("tuned")
     if plan.is_adapter:
         copied = copy_adapter_companions(tuned_dir, folder)
@@ -204,15 +219,19 @@ def _finish(
         )
     rounded = _rounding_note(realised, None if record.second else record.lam)
     notes = (*record.notes, *copied, *([rounded] if rounded else []))
-    record = replace(record, realised=realised, notes=notes)
+    checks: list[str] = []
+    if options.hash_files:
+        watch.progress.stage("reading again")
+        checks.append(reread(folder, plan.tensors))
     if watch.check is not None:
         watch.progress.stage("loading and generating")
-        record = replace(record, checked=(watch.check(folder),))
+        checks.append(watch.check(folder))
+    record = replace(record, realised=realised, notes=notes, checked=tuple(checks))
     (folder / CARD_NAME).write_text(model_card(record), encoding="utf-8")
     if options.hash_files:
-        watch.progress.stage("hashing what was written")
         files = [f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")]
-        record = replace(record, output_sha256=_hashed(sorted(files)))
+        others = _hashed(sorted(f for f in files if f.name not in written.sha256))
+        record = replace(record, output_sha256=dict(sorted((written.sha256 | others).items())))
     # Last, so that its presence means done.
     text = json.dumps(record.as_dict(), indent=1)
     (folder / RECORD_NAME).write_text(text + "\n", encoding="utf-8")
@@ -220,22 +239,48 @@ def _finish(
     return record
 
 
-def _inputs(
-    plan: BlendPlan, hash_files: bool, watch: Watch
-) -> tuple[list[Input], dict[str, dict[str, str]]]:
-    """Name all weight files that are read, with their sha256 by side if asked for."""
-    by_side = {side: checkpoint.files for side, checkpoint in plan.inputs.items()}
-    digests: dict[str, dict[str, str]] = {side: {} for side in ("base", "tuned", *by_side)}
-    if hash_files:
-        watch.progress.stage("hashing the inputs")
-        for side, files in by_side.items():
-            digests[side] = _hashed(files)
-    inputs = [
-        Input(f"{side}/{file.name}", file, digests[side].get(file.name))
-        for side, files in by_side.items()
-        for file in files
-    ]
-    return inputs, digests
+def _note_read(
+    shard: PlannedShard, plan: BlendPlan, work: Unfinished, hashing: Hashing | None
+) -> None:
+    """Note, before a shard counts as whole, the sha256 of all the input it was made of."""
+    if hashing is None:
+        return
+    tensors = [plan.tensors[name] for name in shard.tensors]
+    sources = {side.tensor for tensor in tensors for side in tensor.sides}
+    sources |= {tensor.base for tensor in tensors if tensor.base is not None}
+    names = {
+        file: f"{side}/{file.name}"
+        for side, checkpoint in plan.inputs.items()
+        for file in checkpoint.files
+    }
+    ends: dict[str, int] = {}
+    for source in sources:
+        if source.file in names:  # a DoRA adapter at lambda lies in a scratch file
+            name = names[source.file]
+            ends[name] = max(ends.get(name, 0), source.offset + source.num_bytes)
+    work.note(hashing.reached(ends))
+
+
+def _in_turns(inputs: Sequence[Input]) -> list[Input]:
+    """Order files as they are read: the first of every side, then the second, and so on."""
+    sides: dict[str, list[Input]] = {}
+    for entry in inputs:
+        sides.setdefault(entry.name.partition("/")[0], []).append(entry)
+    ranked = [(place, entry) for side in sides.values() for place, entry in enumerate(side)]
+    return [entry for _, entry in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def _with_digests(record: BlendRecord, digests: dict[str, str]) -> BlendRecord:
+    by_side: dict[str, dict[str, str]] = {}
+    for name, digest in digests.items():
+        side, _, file = name.partition("/")
+        by_side.setdefault(side, {})[file] = digest
+    return replace(
+        record,
+        base_sha256=by_side["base"],
+        tuned_sha256=by_side["tuned"],
+        second_sha256=by_side.get("second", {}),
+    )
 
 
 def _hashed(files: Sequence[Path]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from keepshot.blending.rules import LambdaRule, as_rule, by_part
 from keepshot.blending.sweep import sweep
 from keepshot.blending.write import Watch, check_inputs, write
 from keepshot.errors import ConfigError
+from keepshot.jobs.along import resample_following, with_following, with_recall
 from keepshot.jobs.check import loads_and_generates
 from keepshot.jobs.following import Follower
 from keepshot.jobs.ledger import Ledger, model_record
@@ -26,8 +27,9 @@ from keepshot.jobs.target import load_target
 from keepshot.jobs.workspace import Workspace
 from keepshot.jobs.write import Locate, find, writing
 from keepshot.models.bases import check_base, is_adapter
+from keepshot.models.checkpoint import TensorReader
 from keepshot.models.identity import directory_sha256
-from keepshot.models.loading import LanguageModel, locate
+from keepshot.models.loading import LanguageModel, locate, outline
 from keepshot.models.reference import (
     Embedded,
     GGUFFile,
@@ -40,6 +42,12 @@ from keepshot.records import ItemResult, PathPoint, ResultDocument, Split
 from keepshot.scoring.evaluate import Plan, check_prompts
 from keepshot.scoring.summary import path_points, resample_path, scores, summarise
 from keepshot.tasks.task import Task
+
+_Ask = Callable[[float], list[ItemResult]]
+_Rule = Callable[[float], LambdaRule]
+_Walk = Callable[
+    [LanguageModel, Sequence[float], _Ask, _Rule], list[tuple[float, list[ItemResult]]]
+]
 
 
 @dataclass(frozen=True)
@@ -83,7 +91,9 @@ def blend(
     for reference in (spec.base, spec.tuned):
         parse_reference(reference)
     assert spec.sweep is not None, "one lambda is written by `jobs.write`"
-    check_rule(parse_rule(spec.pick), spec.sweep, spec.target is not None)
+    check_rule(
+        parse_rule(spec.pick), spec.sweep, spec.target is not None, spec.following is not None
+    )
     questions = _questions(spec, store, progress)
     follower = Follower(spec.following, store, workspace, progress)
     base, tuned = _load_both(spec, store, workspace, progress)
@@ -133,33 +143,33 @@ def _sweep_and_pick(
     where: tuple[Workspace, Progress],
 ) -> ResultDocument:
     base, tuned = pair
-    workspace, _ = where
+    walk = _walker(spec, tuned)
     questions, follower = asking.questions, asking.follower
-    assert spec.sweep is not None
-    lams = sorted({0.0, *spec.sweep})
+    lams = sorted({0.0, *(spec.sweep or ())})
     at = _lambda_rule(spec, base)
     target = questions.target.name if questions.target else None
-    state = tuned.module.state_dict()
     rule = parse_rule(spec.pick)
     rows: dict[float, list[ItemResult]] = {}
 
     def measure_path(wanted: Sequence[float]) -> list[PathPoint]:
-        found = sweep(
+        found = walk(
             base,
-            state,
             wanted,
             lambda lam: asking.ask(f"path-{lam:g}", "path", lam, "validation"),
             at,
         )
         rows.update(dict(found))
-        return path_points(rows, rows[0.0], target=target, split="validation")
+        points = path_points(rows, rows[0.0], target=target, split="validation")
+        return with_following(with_recall(points, rows, questions.others), follower.rows)
 
     path = measure_path(lams)
     picked = pick(path, rule)
     while more := next_lambdas(list(rows), picked.lam, spec.resolution or math.inf):
         path = measure_path(more)
         picked = pick(path, rule)
-    picked = with_interval(picked, path, resample_path(rows, target=target), rule)
+    resampled = resample_path(rows, target=target)
+    followed = resample_following(follower.rows, resampled.lams)
+    picked = with_interval(picked, path, replace(resampled, following=followed), rule)
     follower.rows.sort(key=lambda row: row.lam or 0.0)
     items: list[ItemResult] = []
     ends = {spec.base: 0.0, spec.tuned: 1.0}
@@ -172,7 +182,7 @@ def _sweep_and_pick(
             return asking.ask(part, arm, lam, "test")
 
         # The ends are the two models themselves, whatever the rule.
-        [(_, found)] = sweep(base, state, [lam], ask, as_rule if arm in ends else at)
+        [(_, found)] = walk(base, [lam], ask, as_rule if arm in ends else at)
         items += found
     if picked.lam is not None:
         _write(base, tuned, picked.lam, (spec, store), where)
@@ -184,7 +194,22 @@ def _sweep_and_pick(
     )  # fmt: skip
     # The path's own rows lie beside them, so that the page can show what flips where.
     along = [row for lam in sorted(rows) for row in rows[lam]]
-    return workspace.finish(document, [*items, *along], follower.rows)
+    return where[0].finish(document, [*items, *along], follower.rows)
+
+
+def _walker(spec: BlendSpec, tuned: LanguageModel) -> _Walk:
+    """Return the sweep towards the tuned model: held in memory, or read with its base from disk."""
+    if not spec.stream:
+        state = tuned.module.state_dict()
+        return lambda base, lams, measure, rule: sweep(base, state, lams, measure, rule)
+
+    def walk(
+        base: LanguageModel, lams: Sequence[float], measure: _Ask, rule: _Rule
+    ) -> list[tuple[float, list[ItemResult]]]:
+        with TensorReader(base.path) as origin, TensorReader(tuned.path) as end:
+            return sweep(base, end, lams, measure, rule, origin)
+
+    return walk
 
 
 def _lambda_rule(spec: BlendSpec, base: LanguageModel) -> Callable[[float], LambdaRule]:
@@ -207,8 +232,15 @@ def _load_both(
         if spec.rule is not None:
             raise ConfigError("an adapter takes one lambda; merge it into its base for a `rule`")
         check_base(tuned_path, directory_sha256(base_path, store), spec.base)
+    if is_adapter(tuned_path) and spec.stream:
+        raise ConfigError("an adapter is small beside its base; leave `stream` out")
     check_inputs(base_path, tuned_path, writing(spec, find_model))
     workspace.begin()
+    if spec.stream:
+        progress.stage(f"loading {spec.base}")
+        model = load_as(spec, spec.base, store)
+        light = outline(spec.tuned, store, trust_remote_code=spec.trust_remote_code)
+        return model, replace(light, dtype=model.dtype)
     loaded: list[LanguageModel] = []
     on_base = f"{spec.base}+{tuned_path}" if is_adapter(tuned_path) else spec.tuned
     for name, reference in ((spec.base, spec.base), (spec.tuned, on_base)):
@@ -234,7 +266,9 @@ def _write(
         return
     progress.stage(f"writing lambda {lam:g}")
     trust = spec.trust_remote_code
-    check = loads_and_generates(spec.base, store, trust_remote_code=trust) if spec.check else None
+    check = None
+    if spec.generates:
+        check = loads_and_generates(spec.base, store, trust_remote_code=trust)
     find_model = _locate(spec, store)
     rule = rule_for(spec.model_copy(update={"lam": lam}), find_model) if spec.rule else lam
     options = writing(spec, find_model)

@@ -116,7 +116,8 @@ def tune_spec(
             keep=keep or "auto",
             method=method,
         ).model_dump(mode="json")
-        wanted = {"method": method or recipe is None, "keep": keep or recipe is None}
+        kept = keep or recipe is None
+        wanted = {"method": method or recipe is None, "keep": kept, "auto": kept}
         content |= {key: chosen[key] for key, used in wanted.items() if used}
     content |= options
     source = recipe.name if recipe else "tune"

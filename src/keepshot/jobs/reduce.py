@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import assert_never
 
-from keepshot.blending.deltas import prune, shrink_intruders
-from keepshot.blending.reshape import write_changed, write_lore
+from keepshot.blending.reshape import prune, shrink_intruders, write_changed, write_lore
 from keepshot.errors import ModelError
 from keepshot.jobs.specs import BlendSpec, parse_reduction
 from keepshot.jobs.write import Locate, find

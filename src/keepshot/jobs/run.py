@@ -47,7 +47,8 @@ from keepshot.scoring.summary import path_points, resample_path, scores, summari
 from keepshot.tasks.catalog import SUITES
 from keepshot.tasks.source import Row
 from keepshot.tuning.anchors import examples_of
-from keepshot.tuning.train import Extra, tokenise, train
+from keepshot.tuning.tokenised import Extra, tokenise
+from keepshot.tuning.train import train
 
 
 def run(spec: RunSpec, store: AssetStore, workspace: Workspace, progress: Progress) -> Measured:
@@ -153,6 +154,7 @@ class _Run:
                     self.target.train,
                     trained_dir,
                     anchors=self.anchors[arm],
+                    validation=self.target.validation if recipe.auto else (),
                     progress=self.progress,
                     extra=self.extra[arm],
                 )

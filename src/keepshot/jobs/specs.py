@@ -173,8 +173,23 @@ class BlendSpec(Where):
     `shrink-intruders:0.5` (factor on intruding directions; arXiv 2410.21228)."""
     rule: LambdaMap | None = None
     """Factors on lambda by block or kind of module; 1 for what the rule does not name."""
-    check: bool = True
-    """Hash all files, load what was written and let it generate."""
+    stream: bool = False
+    """Along a sweep, keep one model in memory rather than three copies: both are read again from
+    disk at every lambda."""
+    check: Literal["none", "files", "generate"] | None = None
+    """Of what is written: `files` hashes all that is read and written and reads the result again;
+    `generate` also loads it and lets it write a few tokens. Not given: `files` for one lambda,
+    `generate` after a sweep, for which torch and the models are loaded anyway."""
+
+    @property
+    def checks_files(self) -> bool:
+        """Whether files are hashed and the result is read again."""
+        return self.check != "none"
+
+    @property
+    def generates(self) -> bool:
+        """Whether what was written is loaded."""
+        return self.check == "generate" or (self.check is None and self.sweep is not None)
 
     @model_validator(mode="after")
     def _check_lambda(self) -> Self:

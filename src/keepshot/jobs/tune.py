@@ -10,6 +10,7 @@ from pathlib import Path
 from keepshot import records
 from keepshot.assets import AssetStore
 from keepshot.errors import ConfigError, TrainingError
+from keepshot.jobs.hub import HUB, read_hub
 from keepshot.jobs.ledger import model_record
 from keepshot.jobs.loading import load_as
 from keepshot.jobs.specs import TuneSpec
@@ -19,22 +20,37 @@ from keepshot.models.reference import parse_reference
 from keepshot.progress import Progress
 from keepshot.prompts import Template
 from keepshot.records import ResultDocument
+from keepshot.scoring.processes import ALONE, Processes
 from keepshot.tasks.catalog import is_path, resolve_tasks
 from keepshot.tasks.source import Row, read_rows
 from keepshot.tasks.task import Task
+from keepshot.tuning.card import decided
 from keepshot.tuning.data import hold_out
-from keepshot.tuning.keep import Mix, anchor_names, find_term
+from keepshot.tuning.keep import OWN, Mix, anchor_names, find_term
 from keepshot.tuning.mixture import lines
 from keepshot.tuning.recipe import Recipe
-from keepshot.tuning.train import Extra, TuneRecord, train
+from keepshot.tuning.record import TuneRecord
+from keepshot.tuning.tokenised import Extra
+from keepshot.tuning.train import train
 
 VALIDATION_SHARE = 0.1
 
 
 def tune(
-    spec: TuneSpec, store: AssetStore, workspace: Workspace, progress: Progress
+    spec: TuneSpec,
+    store: AssetStore,
+    workspace: Workspace | None,
+    progress: Progress,
+    processes: Processes = ALONE,
 ) -> ResultDocument:
     """Tune by `spec.recipe` and write `adapter/` or `model/` with what was done.
+
+    Args:
+        spec: what is asked.
+        store: where assets are cached.
+        workspace: the run directory; None in all processes but the first.
+        progress: told of stages.
+        processes: those that share each batch.
 
     Raises:
         UserError: before the model is loaded, wherever the fault can be seen by then.
@@ -44,23 +60,28 @@ def tune(
     progress.stage("reading data")
     rows, validation, template, origins = _rows(recipe, store)
     anchors = anchor_tasks(recipe, store)
-    workspace.begin()
+    if workspace is not None:
+        workspace.begin()
+    state_dir = processes.of_first(workspace.part("state") if workspace else Path())
     extra = Extra(
         template=template,
         general=general_rows(recipe, store),
         origins=origins,
-        state_dir=workspace.part("state"),
+        state_dir=state_dir,
     )
     progress.stage(f"loading {recipe.model}")
-    model = load_as(spec, recipe.model, store)
+    local = processes.size > 1 and spec.device == "cuda"
+    device = f"cuda:{processes.local_rank}" if local else None
+    model = load_as(spec, recipe.model, store, device=device)
     untuned = model_record(model)
     progress.stage("tuning")
-    with naming_what_is_kept(None, workspace.path):
+    out_dir = workspace.path if workspace else None
+    with naming_what_is_kept(None, out_dir or Path()):
         record = train(
             recipe,
             model,
             rows,
-            workspace.path,
+            out_dir,
             anchors=anchors,
             validation=validation,
             progress=progress,
@@ -70,11 +91,11 @@ def tune(
         models=[untuned],
         scores=[],
         summary=[],
-        cost=records.Cost(seconds=record.seconds),
+        cost=records.Cost(seconds=record.seconds, processes=processes.size),
         training=[record.training_record("tuned")],
-        notes=[_words(record), "\n".join(lines(record.sources))],
+        notes=["\n".join((_words(record), *decided(record))), "\n".join(lines(record.sources))],
     )
-    return workspace.finish(document, [])
+    return workspace.finish(document, []) if workspace else document
 
 
 @contextmanager
@@ -91,7 +112,7 @@ def naming_what_is_kept(arm: str | None, out_dir: Path) -> Generator[None]:
 def anchor_tasks(recipe: Recipe, store: AssetStore) -> list[Task]:
     """Return the tasks from which the recipe's keep terms draw their few-shot prompts."""
     names = anchor_names(recipe.keep)
-    return resolve_tasks([names], store) if names else []
+    return resolve_tasks([names], store) if names and names != OWN else []
 
 
 def general_rows(recipe: Recipe, store: AssetStore) -> Sequence[Row]:
@@ -103,6 +124,8 @@ def general_rows(recipe: Recipe, store: AssetStore) -> Sequence[Row]:
     mix = find_term(recipe.keep, Mix)
     if mix is None or mix.general_data is None:
         return ()
+    if mix.general_data.startswith(HUB):
+        return read_hub(mix.general_data.removeprefix(HUB))
     if is_path(mix.general_data):
         return read_rows(Path(mix.general_data))
     return load_target(mix.general_data, store).train

@@ -78,7 +78,7 @@ def writing(spec: BlendSpec, locate: Locate, *, overwrite: bool = False) -> Writ
         settings_from=spec.settings_from,
         one_sided=spec.one_sided,
         second=second,
-        hash_files=spec.check,
+        hash_files=spec.checks_files,
         names=(
             spec.base,
             f"{spec.tuned}, {spec.reduce}" if spec.reduce else spec.tuned,
@@ -106,7 +106,7 @@ def write_one(
     tuned = means.reduced or find(spec.tuned, means.locate)
     if is_adapter(base):
         raise ModelError(f"{base}: is an adapter; base must be a whole model")
-    if is_adapter(tuned) and spec.check and not means.reduced:
+    if is_adapter(tuned) and spec.checks_files and not means.reduced:
         check_base(tuned, directory_sha256(base, means.store), spec.base)
     return write(
         base,

@@ -74,7 +74,7 @@ def _task_panel(
 
 
 def conduct_chart(document: ResultDocument, width: Width = "wide") -> alt.ConcatChart | None:
-    """Draw format failure and label leakage against lambda, and the length of free answers.
+    """Draw wrong formats, leaked labels, length of free answers and recall against lambda.
 
     Returns:
         None if the path has no such figures.
@@ -106,24 +106,40 @@ def conduct_chart(document: ResultDocument, width: Width = "wide") -> alt.Concat
         alt.layer(*_pick_rule(document, x), lines, base.mark_circle(size=36, opacity=1))
         .properties(width=size[0], height=size[1])
     ]  # fmt: skip
-    lengths = [p for p in points if p.answer_length is not None]
+    lengths = [(p.lam, p.answer_length, None) for p in points if p.answer_length is not None]
     if len(lengths) > 1:
-        charts.append(_length_panel(document, lengths, x, size))
+        title = "characters per free answer"
+        charts.append(_line_panel(document, lengths, (x, title, ".0f"), size))
+    recalled = [(p.lam, p.recall, p.recall_ci95) for p in points if p.recall is not None]
+    if len(recalled) > 1:
+        title = "score on tasks of knowledge"
+        charts.append(_line_panel(document, recalled, (x, title, ".1f"), size))
     return styled(alt.concat(*charts, columns=2 if width == "wide" else 1, spacing=30), width)
 
 
-def _length_panel(
-    document: ResultDocument, points: Sequence[PathPoint], x: alt.X, size: tuple[int, int]
+def _line_panel(
+    document: ResultDocument,
+    points: Sequence[tuple[float, float, tuple[float, float] | None]],
+    axes: tuple[alt.X, str, str],
+    size: tuple[int, int],
 ) -> alt.LayerChart:
-    rows = [
-        {"x": p.lam, "y": p.answer_length, "hover": f"lambda {lam(p.lam)}: {p.answer_length:.1f}"}
-        for p in points
+    """Draw one figure against lambda, with bars where it has intervals."""
+    x, title, form = axes
+    rows: list[Row] = []
+    for at, value, interval in points:
+        low, high = interval or (value, value)
+        hover = f"{title}, lambda {lam(at)}: {value:.2f}"
+        rows.append({"x": at, "y": value, "low": low, "high": high, "hover": hover})
+    top = max(row["high"] for row in rows)
+    y = alt.Y("y:Q", title=title, scale=alt.Scale(domain=[0, top * 1.05 or 1.0]),
+              axis=alt.Axis(format=form, tickCount=4))  # fmt: skip
+    base = alt.Chart(data(rows))
+    layers: list[Any] = [
+        *_pick_rule(document, x),
+        base.mark_rule(color=FAINT, opacity=0.45).encode(x=x, y=alt.Y("low:Q"), y2="high:Q"),
+        base.mark_line(color=FAINT, strokeWidth=2).encode(x=x, y=y),
+        base.mark_circle(size=36, opacity=1, color=FAINT).encode(x=x, y=y, description="hover:N"),
     ]
-    y = alt.Y("y:Q", title="characters per free answer", scale=alt.Scale(zero=True),
-              axis=alt.Axis(tickCount=4))  # fmt: skip
-    base = alt.Chart(data(rows)).encode(x=x, y=y)
-    dots = base.mark_circle(size=36, opacity=1, color=FAINT).encode(description="hover:N")
-    layers = [*_pick_rule(document, x), base.mark_line(color=FAINT, strokeWidth=2), dots]
     return _sized(alt.layer(*layers), size)
 
 

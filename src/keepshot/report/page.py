@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from keepshot.errors import ConfigError
 from keepshot.records import ResultDocument, read_items, write_text
-from keepshot.report import along, figures, finding, flips, svg, view, words
+from keepshot.report import along, figures, finding, flips, following, svg, view, words
 
 ANSWER_LIMIT, QUESTION_LIMIT = 160, 320
 
@@ -165,8 +165,16 @@ def _charts(document: ResultDocument) -> list[tuple[str, str, tuple[Any, Any]]]:
             ),
         ),
         (
+            "following",
+            "Few-shot score against instructions followed, along lambda",
+            (
+                following.following_chart(document, "wide"),
+                following.following_chart(document, "narrow"),
+            ),
+        ),
+        (
             "conduct",
-            "Answers in the wrong format, labels of the target, and answer length along lambda",
+            "Wrong formats, labels of the target, answer length and recall along lambda",
             (along.conduct_chart(document, "wide"), along.conduct_chart(document, "narrow")),
         ),
         (

@@ -135,8 +135,7 @@ def path_points(
                 num_items=table.num_items(shots),
                 tasks=table.by_task(shots),
                 below_base=table.below(before, shots),
-                **_conduct(items, target, shots),
-            )
+            ).model_copy(update=_conduct(items, target, shots))
         )
     return points
 
@@ -172,6 +171,8 @@ class ResampledPath:
     chance: float
     tasks: Mapping[str, Matrix]
     target: Matrix | None
+    following: Matrix | None = None
+    """Likewise, of the share of prompts whose instructions are followed."""
 
 
 def resample_path(

@@ -23,7 +23,7 @@ from keepshot.tasks.task import Task
 from keepshot.tuning.batch import Sample, pad, read_logits, turn
 from keepshot.tuning.data import encode_demonstrations
 from keepshot.tuning.keep import EWC, KL
-from keepshot.tuning.terms import Direction, k3, kl_divergence, token_log_probs
+from keepshot.tuning.terms import Direction, coarse_log_probs, k3, kl_divergence, token_log_probs
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class AnchorPool:
     batches: tuple[tuple[Sample, ...], ...]
     log_probs: tuple[Tensor, ...]
     """For each batch, (N, V) in float16, in the order of its samples' read positions; for k3 those
-    of the prompts' own tokens alone, (N) in float32."""
+    of the prompts' own tokens alone, (N) in float32; with `kept` (N, K + 1) in float32."""
+    kept: tuple[Tensor, ...] = ()
+    """For each batch, the K tokens (N, K) of each position that are kept apart; empty: all."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class AnchorKL:
         if self.direction == "k3":
             return k3(token_log_probs(logits_NV, padded.targets_N.to(device)), teacher)
         mask_N = torch.ones(len(logits_NV), dtype=torch.bool, device=device)
+        if self.pool.kept:
+            logits_NV = coarse_log_probs(logits_NV, self.pool.kept[number].to(device))
         return kl_divergence(logits_NV, teacher, mask_N, self.direction)
 
 
@@ -110,13 +114,16 @@ def cache_teacher(
 
     As many prompts are kept as fit `term.cache_mb`, at least one batch.
     """
-    each = 4 if term.direction == "k3" else 2 * _vocabulary(head)
+    top = None if term.top_k is None else min(term.top_k, _vocabulary(head) - 1)
+    # A token kept apart has its id in eight bytes and its log-probability in four.
+    each = 4 if term.direction == "k3" else 2 * _vocabulary(head) if top is None else 12 * top + 4
     kept = _within(samples, budget=term.cache_mb * 2**20, bytes_each=each)
     size = term.prompts_per_step
     kept = kept[: max(size, len(kept) // size * size)]
     ordered = sorted(kept, key=len)
     batches = tuple(tuple(ordered[i : i + size]) for i in range(0, len(ordered), size))
     log_probs: list[Tensor] = []
+    tokens: list[Tensor] = []
     with torch.no_grad():
         for batch in batches:
             padded = pad(batch)
@@ -126,9 +133,13 @@ def cache_teacher(
             )
             if term.direction == "k3":
                 log_probs.append(token_log_probs(logits_NV.cpu(), padded.targets_N))
+            elif top is not None:
+                kept_NK = logits_NV.topk(top, dim=1).indices
+                log_probs.append(coarse_log_probs(logits_NV, kept_NK).cpu())
+                tokens.append(kept_NK.cpu())
             else:
                 log_probs.append(functional.log_softmax(logits_NV.float(), dim=-1).half().cpu())
-    return AnchorPool(batches, tuple(log_probs))
+    return AnchorPool(batches, tuple(log_probs), tuple(tokens))
 
 
 def examples_of(task: Task) -> tuple[Example, ...]:

@@ -16,6 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from keepshot.models.loading import LanguageModel
+from keepshot.tuning.terms import next_token
+
 CALL_TOKENS = 96
 """What one more forward call costs, in padded tokens that would take as long."""
 
@@ -106,6 +109,22 @@ def read_logits(module: Any, ids_BT: Tensor, read_N: Tensor, head: Any) -> Tenso
     finally:
         handle.remove()
     return logits[0] if narrowed else logits.reshape(-1, logits.shape[-1])[read_N]
+
+
+def mean_loss(model: LanguageModel, samples: Sequence[Sample], batch_size: int = 16) -> float:
+    """Return the mean next-token loss over all positions read, in nats."""
+    head: Any = model.module.get_output_embeddings()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(samples), batch_size):
+            for part in group(samples[start : start + batch_size]):
+                padded = pad(part)
+                ids_BT, read_N = padded.ids_BT.to(model.device), padded.read_N.to(model.device)
+                logits_NV = read_logits(model.module, ids_BT, read_N, head)
+                loss = next_token(logits_NV, padded.targets_N.to(model.device))
+                total += float(loss) * len(read_N)
+                count += len(read_N)
+    return total / count
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:

@@ -1,8 +1,8 @@
 r"""Rows become tokenised samples: a prompt with its answer, a conversation, or free text.
 
 `{input, output}` rows are rendered by a `Template` and tokenised as they are when measured; the
-answer ends in a newline, and only the answer is learned. Nothing is ever cut. Knows nothing of
-methods and losses.
+answer ends in a newline, and only the answer is learned. Nothing is cut unless it is asked for.
+Knows nothing of methods and losses.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from keepshot.tasks.source import Message, MessagesRow, PromptRow, Row, TextRow
 from keepshot.tuning.batch import Sample
 
 T = TypeVar("T")
+LongRows = Literal["error", "drop", "cut"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Encoded:
 
     samples: tuple[Sample, ...]
     num_dropped: int
+    num_cut: int = 0
+    """Samples that are only the beginning of their row."""
+    num_unanswered: int = 0
+    """Rows left out since nothing of the answer was left after cutting."""
 
 
 def encode_rows(
@@ -36,21 +41,23 @@ def encode_rows(
     *,
     template: Template,
     max_length: int,
-    long_rows: Literal["error", "drop"],
+    long_rows: LongRows,
     source: str,
+    most_unanswered: float = 1.0,
 ) -> Encoded:
     """Tokenise rows of any form; `source` names where they are from in error messages.
 
     Raises:
         TaskError: if there is no row, if one is longer than `max_length` tokens and `long_rows` is
-            `error`, if all are, or if a conversation does not fit the chat template.
+            `error`, if all are left out, if cutting leaves nothing of more than the share
+            `most_unanswered` of answers, or if a conversation does not fit the chat template.
     """
     if not rows:
         raise TaskError(
             f"{source}: there is no row to tune on; give a file or a task with examples"
         )
     samples: list[Sample] = []
-    num_dropped = 0
+    num_dropped = num_cut = num_unanswered = 0
     for row in rows:
         # Rows were shuffled and some held out, so that no line number would be right.
         where = f"{source}: row {_opening(row)!r}"
@@ -64,12 +71,25 @@ def encode_rows(
                 f"max_length {max_length};\nraise max_length (up to the model's context, "
                 f"{model.context_length}), or set long_rows=drop to leave such rows out"
             )
-        num_dropped += 1
+        left = tuple(position for position in sample.read if position < max_length - 1)
+        if long_rows == "drop":
+            num_dropped += 1
+        elif not left:
+            num_unanswered += 1
+        else:
+            num_cut += 1
+            samples.append(Sample(sample.ids[:max_length], left))
+    if num_unanswered > most_unanswered * len(rows):
+        raise TaskError(
+            f"{source}: cut to max_length {max_length}, {num_unanswered} of {len(rows)} rows have "
+            f"no token of their answer left, more than most_unanswered {most_unanswered:g};\n"
+            "raise max_length, or give shorter questions"
+        )
     if not samples:
         raise TaskError(
-            f"{source}: all {num_dropped} rows have more tokens than max_length {max_length}"
+            f"{source}: all {len(rows)} rows have more tokens than max_length {max_length}"
         )
-    return Encoded(tuple(samples), num_dropped)
+    return Encoded(tuple(samples), num_dropped, num_cut, num_unanswered)
 
 
 def encode_row(model: LanguageModel, row: Row, template: Template, *, where: str) -> Sample:

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from keepshot.errors import ConfigError, TaskError
+from keepshot.models.loading import LanguageModel
 from keepshot.records import ItemResult
 from keepshot.scoring.evaluate import Plan, measure
 from keepshot.scoring.summary import summarise
@@ -69,6 +70,10 @@ class Reading:
         }
 
 
+class NothingToWatch(ConfigError):
+    """The untuned model is no better than chance on the guard's tasks."""
+
+
 class ICLGuard(TrainerCallback):
     """Watches few-shot ability while a model trains.
 
@@ -112,6 +117,7 @@ class ICLGuard(TrainerCallback):
         self.acted_at: int | None = None
         """The step at which the guard stopped training, if it did."""
         self._before: list[ItemResult] = []
+        self._reference: list[ItemResult] = []
         self._good: tuple[int, list[Tensor]] | None = None
         self._trainer: Any = None
 
@@ -119,6 +125,39 @@ class ICLGuard(TrainerCallback):
         """Add the guard to a trainer, and log through it."""
         self._trainer = trainer
         trainer.add_callback(self)
+
+    def refer_to(self, model: LanguageModel) -> None:
+        """Take a model's answers now, as what retention is against: after a resume too.
+
+        Raises:
+            NothingToWatch: if the model has no few-shot ability to watch.
+        """
+        self._reference = self._before = self._ask(model)
+        self.read(model, 0)
+
+    def read(self, model: LanguageModel, step: int) -> Reading:
+        """Probe a model as it is now; nothing is logged or kept.
+
+        Raises:
+            ConfigError: if the model that it is compared with is no better than chance.
+        """
+        began = time.perf_counter()
+        items = self._ask(model)
+        if not self._before:
+            self._before = items
+        row = summarise([*self._before, *(replace(item, arm="now") for item in items)])[-1]
+        if row.retention is None or row.retention_ci95 is None:
+            names = ", ".join(task.name for task in self.tasks)
+            raise NothingToWatch(
+                f"guard: the model is no better than chance on {names} "
+                f"at {self.probe.shots} shots, so there is nothing to watch; take easier tasks"
+            )
+        seconds = time.perf_counter() - began
+        return Reading(step, row.icl, row.retention, row.retention_ci95, row.num_items, seconds)
+
+    def minds(self, reading: Reading) -> bool:
+        """Say whether more is lost than may be, and its interval leaves out no loss at all."""
+        return reading.retention < 1 - self.tolerance and reading.ci95[1] < 1
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Probe the model before training.
@@ -132,7 +171,10 @@ class ICLGuard(TrainerCallback):
                 "guard: a model divided among processes (FSDP, DeepSpeed) cannot be probed; "
                 "train without, or measure checkpoints with `keepshot measure`"
             )
-        self.readings, self.acted_at, self._before = [], None, []
+        self.readings, self.acted_at, self._before = [], None, list(self._reference)
+        if state.global_step > 0 and self._reference:
+            self.readings = [_logged(row) for row in state.log_history if "icl/score" in row]
+            return
         self._take(state, kwargs)
         if state.global_step > 0:
             logger.warning(
@@ -152,7 +194,7 @@ class ICLGuard(TrainerCallback):
 
     def _check(self, state: Any, control: Any, kwargs: dict[str, Any]) -> None:
         reading = self._take(state, kwargs)
-        if reading.retention >= 1 - self.tolerance or reading.ci95[1] >= 1:
+        if not self.minds(reading):
             return
         low, high = reading.ci95
         logger.warning(
@@ -168,22 +210,8 @@ class ICLGuard(TrainerCallback):
 
     def _take(self, state: Any, kwargs: dict[str, Any]) -> Reading:
         """Probe, log, and keep a copy of the weights if they are good."""
-        began = time.perf_counter()
-        items = self._ask(kwargs["model"], kwargs.get("processing_class"))
-        if not self._before:
-            self._before = items
-        rows = summarise([*self._before, *(replace(item, arm="now") for item in items)])
-        row = rows[-1]
-        if row.retention is None or row.retention_ci95 is None:
-            names = ", ".join(task.name for task in self.tasks)
-            raise ConfigError(
-                f"guard: the model is no better than chance on {names} "
-                f"at {self.probe.shots} shots, so there is nothing to watch; take easier tasks"
-            )
-        seconds = time.perf_counter() - began
-        reading = Reading(
-            state.global_step, row.icl, row.retention, row.retention_ci95, row.num_items, seconds
-        )
+        model = live_model(kwargs["model"], kwargs.get("processing_class"))
+        reading = self.read(model, state.global_step)
         self.readings.append(reading)
         self._log(reading, state)
         if self.action == "rollback" and reading.retention >= 1 - self.tolerance:
@@ -191,10 +219,9 @@ class ICLGuard(TrainerCallback):
             self._good = reading.step, weights
         return reading
 
-    def _ask(self, module: Any, tokenizer: Any) -> list[ItemResult]:
-        model = live_model(module, tokenizer)
+    def _ask(self, model: LanguageModel) -> list[ItemResult]:
         items: list[ItemResult] = []
-        with evaluating(unwrapped(module)):
+        with evaluating(model.module):
             for split in ("validation", "test"):
                 wanted = split == "validation"
                 tasks = tuple(task for task in self.tasks if bool(task.validation) == wanted)
@@ -223,6 +250,15 @@ class ICLGuard(TrainerCallback):
             for parameter, weight in zip(_trained(module), weights, strict=True):
                 parameter.copy_(weight)
         logger.warning("guard: the weights of step %d are put back, and training ends", step)
+
+
+def _logged(row: dict[str, float]) -> Reading:
+    """Return the reading behind a row of the trainer's log."""
+    low, high = row["icl/retention_low"], row["icl/retention_high"]
+    return Reading(
+        int(row["step"]), row["icl/score"], row["icl/retention"], (low, high),
+        int(row["icl/num_items"]), row["icl/seconds"],
+    )  # fmt: skip
 
 
 def _trained(module: Any) -> list[Tensor]:

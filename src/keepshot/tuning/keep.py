@@ -15,6 +15,8 @@ from keepshot.errors import ConfigError, unknown
 from keepshot.specs import Spec
 
 Learned = Literal["last", "every"]
+OWN = "self"
+"""What `tasks` says where the untuned model writes its own anchors."""
 
 
 class KL(Spec):
@@ -37,13 +39,19 @@ class KL(Spec):
     """Size of the pool of prompts; fewer if their cached probabilities would not fit `cache_mb`."""
     cache_mb: PositiveInt = 384
     """Most megabytes for the untuned model's probabilities, which are computed once."""
+    top_k: PositiveInt | None = None
+    """Of each cached distribution only the likeliest tokens, and what is left as one more; left
+    out, all of it. For `forward` and `reverse`."""
     tasks: str = "anchors"
-    """Suite, tasks or example files (comma-separated) from which the prompts are drawn."""
+    """Suite, tasks or example files (comma-separated) from which the prompts are drawn, or `self`:
+    the untuned model writes them."""
 
     @model_validator(mode="after")
     def _check_shots(self) -> Self:
         if self.shots[0] > self.shots[1]:
             raise ValueError("the fewest shots come first, such as [2, 8]")
+        if self.top_k is not None and self.direction == "k3":
+            raise ValueError("`top_k` has no use with k3, which caches one number a token")
         return self
 
 
@@ -65,12 +73,13 @@ class Mix(Spec):
     """`symbols` puts arbitrary words in the labels' places, others in each sample, so that they can
     only be read off the demonstrations (arXiv 2305.08298); for classification."""
     tasks: str = "anchors"
-    """Suite, tasks or example files (comma-separated) from which they are drawn."""
+    """Suite, tasks or example files (comma-separated) from which they are drawn, or `self`."""
     general_share: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of each batch that comes from `general_data`."""
     general_data: str | None = None
     """General instructions: `instructions` (embedded, 30 kinds), `instructions-homogeneous` (as
-    many of one kind), another task to tune on, or the path of an examples file."""
+    many of one kind), another task to tune on, the path of an examples file, or a data set of the
+    hub, `hub:OWNER/NAME` or `hub:OWNER/NAME:SPLIT`, also a local directory of that layout."""
 
     @model_validator(mode="after")
     def _check_shares(self) -> Self:
@@ -122,7 +131,8 @@ class EWC(Spec):
     shots: tuple[PositiveInt, PositiveInt] = (2, 8)
     """Fewest and most demonstrations in such a prompt."""
     tasks: str = "anchors"
-    """Suite, tasks or example files (comma-separated) from which the prompts are drawn."""
+    """Suite, tasks or example files (comma-separated) from which the prompts are drawn, or `self`:
+    the untuned model writes them."""
 
     @model_validator(mode="after")
     def _check_shots(self) -> Self:
@@ -162,17 +172,12 @@ _T = TypeVar("_T", bound=Spec)
 
 
 def parse_keep(text: str) -> tuple[KeepTerm, ...]:
-    """Return the terms that `--keep` names: `auto`, `none`, or names joined by commas.
-
-    `auto` is the KL term: of what was tried, it alone kept few-shot ability on tasks that the
-    anchors do not resemble, at no cost to the target.
+    """Return the terms that `--keep` names: `none`, or names joined by commas.
 
     Raises:
         ConfigError: if there is no such term.
     """
     match text:
-        case "auto":
-            return (KL(),)
         case "none":
             return ()
         case _:

@@ -24,11 +24,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
-from keepshot.errors import TrainingError
+from keepshot.errors import ConfigError, TrainingError
 from keepshot.models.conversion import quiet_transformers
 from keepshot.outputs import write_text
 from keepshot.progress import Progress
 from keepshot.tuning.batch import Padded, Sample, group, pad, read_logits
+from keepshot.tuning.guard import ICLGuard
 from keepshot.tuning.methods import Prepared, training
 from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.terms import next_token
@@ -69,6 +70,9 @@ class Loop:
     terms: Sequence[StepTerm]
     head: Any
     state_dir: Path | None
+    guard: ICLGuard | None = None
+    """Watches, if there is one; needs `tokenizer`."""
+    tokenizer: Any = None
 
 
 def run(loop: Loop, losses: list[dict[str, float]], progress: Progress) -> None:
@@ -82,7 +86,16 @@ def run(loop: Loop, losses: list[dict[str, float]], progress: Progress) -> None:
     use_cache, verbosity = config.use_cache, transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     with quiet_transformers(), training(loop.prepared), _state(loop) as place:
-        trainer = _KeepTrainer(loop, place, progress)
+        try:
+            trainer = _KeepTrainer(loop, place, progress)
+        except (ValueError, RuntimeError, ImportError) as error:
+            if not loop.recipe.report_to:
+                raise
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"report_to {list(loop.recipe.report_to)}: {reason}; install the tracker, or "
+                "leave it out"
+            ) from error
         try:
             trainer.train(resume_from_checkpoint=_last_state(place))
             trainer.check_weights()
@@ -114,10 +127,14 @@ class _KeepTrainer(Trainer):
             train_dataset=_Samples(loop.samples),
             data_collator=_collate,
             callbacks=[callback],
+            processing_class=loop.tokenizer,
         )
         self.remove_callback(PrinterCallback)
+        if loop.guard is not None:
+            loop.guard.watch(self)
         self.loop = loop
         self.latest: dict[str, float] = {}
+        self.model_accepts_loss_kwargs = False
         self._good: tuple[int, list[Tensor]] | None = None
 
     def compute_loss(
@@ -134,17 +151,37 @@ class _KeepTrainer(Trainer):
             [read_logits(model, part["ids"], part["read"], self.loop.head) for part in parts]
         )
         loss = next_token(logits_NV, torch.cat([part["targets"] for part in parts]))
-        row = {"next_token": loss.item()}
-        for term in self.loop.terms:
-            value = term(model, step, self.loop.head)
-            row[term.name] = value.item()
-            loss = loss + term.weight_at(step) * value
-        self.latest = {"step": step + 1, "loss": loss.item(), **row}
+        # Of the step's tokens some may be in other parts of the batch, or in other processes.
+        loss = loss * (len(logits_NV) / self._num_targets(step))
+        row = {"next_token": self._summed(loss)}
+        loss = loss * self.accelerator.num_processes
+        if step + 1 != self.latest.get("step"):
+            self.latest = {"step": step + 1, "loss": 0.0, "next_token": 0.0}
+            # A term's prompts are the same in every process, so its mean over them is its value.
+            for term in self.loop.terms:
+                value = term(model, step, self.loop.head)
+                row[term.name] = value.item()
+                loss = loss + term.weight_at(step) * value
+                self.latest["loss"] += term.weight_at(step) * value.item()
+        self.latest |= {**row, "next_token": self.latest["next_token"] + row["next_token"]}
+        self.latest["loss"] += row["next_token"]
         if not math.isfinite(self.latest["loss"]):
             self._fail(f"the loss is {self.latest['loss']} at step {step + 1}")
         if step % GOOD_EVERY == 0:
             self._good = (step, [p.detach().clone() for p in self._trained()])
-        return loss
+        # The Trainer divides by the parts of a batch, and processes take the mean.
+        return loss * self.loop.recipe.accumulate
+
+    def _num_targets(self, step: int) -> int:
+        """Return how many tokens are learned in a step, in all its parts and processes."""
+        size = self.loop.recipe.batch_size
+        return sum(len(s.read) for s in self.loop.samples[step * size : (step + 1) * size])
+
+    def _summed(self, value: Tensor) -> float:
+        if self.accelerator.num_processes == 1:
+            return value.item()
+        total: Any = self.accelerator.reduce(value.detach().double(), reduction="sum")
+        return float(total)
 
     def check_weights(self) -> None:
         """Check what the last step left, which no loss has seen."""
@@ -166,6 +203,9 @@ class _KeepTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # The Trainer's own rotation would delete the last good state before this one is complete.
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            return
         place = Path(self.args.output_dir or "")
         state = place / f"checkpoint-{self.state.global_step}"
         write_text("", state / COMPLETE_FILE)
@@ -233,6 +273,9 @@ class _EachStep(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         latest = self._trainer.latest
+        if self._trainer.loop.recipe.report_to:
+            rest = {f"train/{key}": value for key, value in latest.items() if key != "step"}
+            self._trainer.log(rest)
         # The Trainer keeps this list in its resume state.
         state.log_history.append({"step": state.global_step, "keepshot": latest})
         if state.global_step >= state.max_steps:
@@ -251,6 +294,13 @@ def _tensors(padded: Padded) -> dict[str, Tensor]:
 
 def _arguments(loop: Loop, place: Path) -> TrainingArguments:
     recipe = loop.recipe
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    at_once, left = divmod(recipe.batch_size, recipe.accumulate * processes)
+    if left:
+        raise ConfigError(
+            f"batch_size {recipe.batch_size} cannot be divided among {processes} processes in "
+            f"{recipe.accumulate} parts each; give a multiple of {recipe.accumulate * processes}"
+        )
     assert recipe.steps is not None
     assert recipe.learning_rate is not None
     schedulers = {
@@ -259,7 +309,13 @@ def _arguments(loop: Loop, place: Path) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(place),
         max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=recipe.accumulate,
+        **_checkpointing(recipe),
+        bf16=recipe.bf16,
+        # Processes call the model as often as their own rows ask for, and must not wait then.
+        ddp_broadcast_buffers=False,
+        ddp_find_unused_parameters=False,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=schedulers[recipe.scheduler],
         warmup_steps=math.ceil(recipe.warmup * recipe.steps),
@@ -277,8 +333,17 @@ def _arguments(loop: Loop, place: Path) -> TrainingArguments:
         eval_strategy="no",
         logging_strategy="no",
         disable_tqdm=True,
-        report_to=[],
+        report_to=list(recipe.report_to),
     )
+
+
+def _checkpointing(recipe: Recipe) -> dict[str, Any]:
+    """Return the setting under the name that this version of transformers has for it."""
+    if not recipe.checkpointing:
+        return {}
+    known = TrainingArguments.__dataclass_fields__
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    return {next(name for name in names if name in known): True}
 
 
 @contextlib.contextmanager
@@ -290,10 +355,15 @@ def _state(loop: Loop) -> Generator[Path]:
         return
     place = loop.state_dir
     mark = place / "recipe"
-    if place.exists() and not (mark.exists() and mark.read_text() == loop.recipe.fingerprint()):
-        shutil.rmtree(place)
-    place.mkdir(parents=True, exist_ok=True)
-    mark.write_text(loop.recipe.fingerprint(), encoding="utf-8")
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    if first:
+        ours = mark.exists() and mark.read_text() == loop.recipe.fingerprint()
+        if place.exists() and not ours:
+            shutil.rmtree(place)
+        place.mkdir(parents=True, exist_ok=True)
+        mark.write_text(loop.recipe.fingerprint(), encoding="utf-8")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
     try:
         yield place
     except KeyboardInterrupt:
@@ -301,7 +371,8 @@ def _state(loop: Loop) -> Generator[Path]:
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise
-    shutil.rmtree(place, ignore_errors=True)
+    if first:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _last_state(place: Path) -> str | None:

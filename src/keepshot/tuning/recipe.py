@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from keepshot.specs import Spec
-from keepshot.tuning.keep import SelfDistil, Term, TokenMask, check_terms, parse_keep
+from keepshot.tuning.keep import KL, SelfDistil, Term, TokenMask, check_terms, parse_keep
 from keepshot.tuning.method_specs import (
     LoRA,
     Method,
@@ -20,11 +20,37 @@ from keepshot.tuning.method_specs import (
     parse_method,
 )
 
+GUARD_TASKS = ("title-case", "link-words")
+"""Word tasks that a small model does from examples; the anchors of `auto` leave them out, and no
+suite has them, so that what is asked while training is neither trained on nor measured later."""
+AUTO_TERM = KL(
+    tasks="upper-case,repeat-words,drop-vowels,spell-out",
+    prompts_per_step=1, prompts=64, shots=(2, 5), top_k=64,
+)  # fmt: skip
+"""What holds the model under `--keep auto`; chosen on validation items (docs/LOG.md)."""
+
+
+class Auto(Spec):
+    """What a run finds out by itself: its learning rate before, and lambda after training."""
+
+    trial_steps: PositiveInt = 8
+    """Steps of each short run of the search for a learning rate; none where the recipe has one."""
+    least_steps: PositiveInt = 75
+    """Steps of training at least, where `epochs` passes over the data are fewer."""
+    guard_tasks: tuple[str, ...] = GUARD_TASKS
+    """Tasks made by code that are asked while training, and that judge lambda."""
+    guard_items: PositiveInt = 32
+    """Questions of each of them, at 4 shots."""
+    tolerance: float = Field(default=0.05, ge=0.0, lt=1.0)
+    """Share of few-shot ability on them that may be lost before lambda is lowered."""
+    lambdas: tuple[float, ...] = (0.9, 0.8, 0.7, 0.6, 0.5)
+    """What is tried then, the first that holds is taken."""
+
 
 class Recipe(Spec):
     """One tuning run."""
 
-    no_effect_on_results: ClassVar[frozenset[str]] = frozenset({"save_every"})
+    no_effect_on_results: ClassVar[frozenset[str]] = frozenset({"save_every", "report_to"})
 
     model: str = "smollm2-135m-instruct"
     """Reference of the model to tune."""
@@ -37,8 +63,10 @@ class Recipe(Spec):
     """Which parameters train."""
     keep: tuple[Term, ...] = ()
     """Terms that hold on to few-shot ability; empty for plain tuning."""
+    auto: Auto | None = None
+    """Find a learning rate, watch few-shot ability, and end with a lambda; null does none of it."""
     learning_rate: PositiveFloat | None = None
-    """Peak learning rate of AdamW; left out, the method's default."""
+    """Peak learning rate of AdamW; left out, what `auto` finds or else the method's default."""
     steps: PositiveInt | None = None
     """Optimiser steps; left out, what `epochs` gives."""
     epochs: PositiveFloat = 3.0
@@ -47,8 +75,11 @@ class Recipe(Spec):
     """Samples in each step, apart from a KL term's prompts."""
     max_length: PositiveInt | None = None
     """Longest sample in tokens; left out, the model's context length."""
-    long_rows: Literal["error", "drop"] = "error"
-    """What happens to longer samples. Dropped ones are counted in the record; none is ever cut."""
+    long_rows: Literal["error", "drop", "cut"] = "error"
+    """What happens to longer samples: `drop` leaves them out, `cut` takes their first tokens and
+    leaves those out of whose answer nothing is left. What is left out is counted in the record."""
+    most_unanswered: float = Field(default=0.05, ge=0.0, le=1.0)
+    """Largest share of rows whose answers `cut` may lose wholly; more is an error."""
     warmup: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of the steps in which the learning rate rises from zero."""
     scheduler: Literal["constant", "linear", "cosine"] = "linear"
@@ -59,8 +90,16 @@ class Recipe(Spec):
     """The gradient of all parameters together is scaled down to this norm."""
     seed: int = Field(default=0, ge=0)
     """Fixes the order of samples, the adapter's initial weights and the anchor prompts."""
+    accumulate: PositiveInt = 1
+    """Parts in which each batch goes through the model, for less memory; the loss is the same."""
+    checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+    bf16: bool = False
+    """Compute in bfloat16 where that is safe (autocast); weights stay as they are loaded."""
     save_every: PositiveInt = 50
     """Steps between resume states, where a directory for them is given."""
+    report_to: tuple[str, ...] = ()
+    """Trackers that every step is logged to: trackio, wandb, mlflow, tensorboard, ..."""
 
     @model_validator(mode="after")
     def _check_terms(self) -> Self:
@@ -72,6 +111,11 @@ class Recipe(Spec):
                 f"term {other[0]!r} would reach nothing that trains: prompt-tuning leaves the "
                 "model as it is, and other tasks do not see the prompt; leave the terms out"
             )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be divided into accumulate = "
+                f"{self.accumulate} parts"
+            )
         if self.data_shares is not None and abs(sum(self.data_shares) - 1.0) > 1e-6:
             raise ValueError(
                 f"data_shares {list(self.data_shares)} add up to {sum(self.data_shares):g}, not 1"
@@ -81,12 +125,13 @@ class Recipe(Spec):
     def resolved(self, num_rows: int) -> Recipe:
         """Return this recipe with learning rate and steps filled in for `num_rows` samples."""
         rate = self.learning_rate or default_learning_rate(self.method)
-        steps = self.steps or max(1, round(self.epochs * num_rows / self.batch_size))
+        least = self.auto.least_steps if self.auto else 1
+        steps = self.steps or max(least, round(self.epochs * num_rows / self.batch_size))
         return self.model_copy(update={"learning_rate": rate, "steps": steps})
 
 
 def auto(data: str, *, model: str, keep: str = "auto", method: str | None = None) -> Recipe:
-    """Return the recipe that the command line means by `--keep auto`: LoRA held by a KL term.
+    """Return the recipe that the command line means: by default LoRA, and all of `--keep auto`.
 
     Args:
         data: task name or path of an examples file.
@@ -98,7 +143,11 @@ def auto(data: str, *, model: str, keep: str = "auto", method: str | None = None
         ConfigError: if the method or a term is unknown, or the two do not go together.
     """
     chosen = LoRA() if method is None else parse_method(method)
-    if keep == "auto" and isinstance(chosen, PromptTuning):
-        keep = "none"  # the model itself does not change
-    content = {"model": model, "data": data, "method": chosen, "keep": parse_keep(keep)}
+    content: dict[str, object] = {"model": model, "data": data, "method": chosen}
+    if keep != "auto":
+        content["keep"] = parse_keep(keep)
+    else:
+        content["auto"] = Auto()
+        # A soft prompt alone leaves the model as it is, so nothing has to be held.
+        content["keep"] = () if isinstance(chosen, PromptTuning) else (AUTO_TERM,)
     return Recipe.from_mapping(content, source="tune")

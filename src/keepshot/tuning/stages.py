@@ -23,6 +23,7 @@ from keepshot.models.soft_prompts import SoftPrompts, attach_, sample_vectors
 from keepshot.progress import Progress
 from keepshot.tuning.adapters import detach_
 from keepshot.tuning.batch import Sample, Source, schedule
+from keepshot.tuning.guard import ICLGuard
 from keepshot.tuning.loop import Loop, StepTerm, run
 from keepshot.tuning.method_specs import ProMoT, PromptTuning, prompt_tokens
 from keepshot.tuning.methods import Prepared, prepare, seeded, with_prompt
@@ -47,6 +48,9 @@ class Work:
     """Makes the keep terms of a stage that changes the model, just before its first step."""
     head: Any
     state_dir: Path | None
+    guard: ICLGuard | None = None
+    """Watches the model while it trains in one stage."""
+    tokenizer: Any = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,9 @@ def _loop(
     samples = schedule(sources, recipe.steps, recipe.seed)
     # A term has no gradient where the model is frozen and its own prompts come without ours.
     terms = () if prepared.export == "prompt" else work.terms(prepared)
-    return Loop(recipe, prepared, samples, terms, work.head, state_dir)
+    return Loop(
+        recipe, prepared, samples, terms, work.head, state_dir, work.guard, work.tokenizer
+    )  # fmt: skip
 
 
 def _run(loop: Loop, progress: Progress) -> Done:

@@ -50,6 +50,22 @@ def kl_divergence(
     return torch.sum(leading_NV.exp() * (leading_NV - other_NV), dim=-1).mean()
 
 
+def coarse_log_probs(logits_NV: Tensor, kept_NK: Tensor) -> Tensor:
+    """Return log-probabilities (N, K + 1) of K tokens and of all others together, in float32.
+
+    Two models' `kl_divergence` over these is at most that over the vocabulary, and as much where
+    K is all tokens but one.
+
+    Args:
+        logits_NV: logits.
+        kept_NK: the tokens of each position that stay apart, each once, fewer than V.
+    """
+    logits_NV = logits_NV.float()
+    rest_NV = logits_NV.scatter(1, kept_NK, -torch.inf)
+    parts_N1 = torch.logsumexp(rest_NV, dim=1, keepdim=True)
+    return functional.log_softmax(torch.cat([logits_NV.gather(1, kept_NK), parts_N1], 1), dim=1)
+
+
 def token_log_probs(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """Return the log-probability (N) of each target token, in float32."""
     return -functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")

@@ -1,0 +1,178 @@
+"""What a recipe trains on, in tokens of one model, checked against its context.
+
+Knows nothing of methods but the length of their soft prompts, and nothing of losses.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from keepshot.errors import ConfigError
+from keepshot.models.loading import LanguageModel
+from keepshot.prompts import Template
+from keepshot.tasks.catalog import is_path
+from keepshot.tasks.source import Row
+from keepshot.tasks.task import Task
+from keepshot.tuning.anchors import draw_prompts
+from keepshot.tuning.batch import Sample
+from keepshot.tuning.data import Encoded, encode_rows
+from keepshot.tuning.keep import EWC, KL, OWN, FewShot, Mix, anchor_names, find_term
+from keepshot.tuning.method_specs import prompt_tokens
+from keepshot.tuning.mixture import (
+    Branch,
+    Mixture,
+    auxiliary_samples,
+    branch,
+    few_shot_samples,
+    given_tasks,
+    mix,
+)
+from keepshot.tuning.own_anchors import write_tasks
+from keepshot.tuning.recipe import Recipe
+from keepshot.tuning.stages import under_prompt
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What only some runs need."""
+
+    template: Template = field(default_factory=Template)
+    """How `{input, output}` rows are written."""
+    general: Sequence[Row] = ()
+    """The rows behind a `mix` term's `general_data`."""
+    origins: Sequence[tuple[str, int]] = ()
+    """Names of the data sets that the rows are from, and how many in turn; empty: one."""
+    state_dir: Path | None = None
+    """Where resume states are kept while training and looked for at the start; deleted at the end.
+    None keeps none."""
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """What a recipe trains on, in tokens of one model."""
+
+    encoded: Encoded
+    held_out: Encoded | None
+    mixture: Mixture
+    prompts: Mapping[str, Sequence[Sample]]
+    """Those of the terms that have their own, by the term's name."""
+
+
+def tokenise(
+    recipe: Recipe,
+    model: LanguageModel,
+    examples: Sequence[Row],
+    *,
+    anchors: Sequence[Task],
+    validation: Sequence[Row] = (),
+    extra: Extra,
+) -> Tokenised:
+    """Tokenise all that `train` would train on, and so check it against the model's context.
+
+    Args: as `train` takes them.
+
+    Raises:
+        ConfigError, TaskError: as `train` does.
+    """
+    template, limit = extra.template, _limit(recipe, model)
+    if anchor_names(recipe.keep) == OWN:
+        anchors = write_tasks(model, recipe.seed)
+    parts = [
+        (name, _encode(recipe, model, rows, template, name))
+        for name, rows in _by_origin(recipe, examples, extra)
+    ]
+    encoded = Encoded(
+        tuple(sample for _, part in parts for sample in part.samples),
+        sum(part.num_dropped for _, part in parts),
+        sum(part.num_cut for _, part in parts),
+        sum(part.num_unanswered for _, part in parts),
+    )
+    held_out = _encode(recipe, model, validation, template, recipe.data) if validation else None
+    added = find_term(recipe.keep, Mix)
+    few_shot: list[tuple[str, list[Sample]]] = []
+    general: Sequence[Sample] = ()
+    if added is not None and added.icl_share > 0.0:
+        given = given_tasks(added, anchors, examples, template, recipe.data)
+        few_shot = few_shot_samples(model, added, given, max_length=limit, seed=recipe.seed)
+    if added is not None and added.general_share > 0.0:
+        if not extra.general:
+            raise ConfigError(f"mix: general_data {added.general_data!r} holds no rows")
+        source = str(added.general_data)
+        general = _encode(recipe, model, extra.general, template, source).samples
+    named = [(name, prompted(model, part, name)) for name, part in parts]
+    prompts: dict[str, list[Sample]] = {}
+    for term in recipe.keep:
+        if isinstance(term, KL | EWC):
+            prompts[term.name] = draw_prompts(
+                model, anchors, term, max_length=limit, seed=recipe.seed
+            )
+        elif isinstance(term, FewShot):
+            prompts[term.name] = auxiliary_samples(
+                model, term, examples, template, max_length=limit, seed=recipe.seed
+            )
+    return Tokenised(encoded, held_out, mix(recipe, named, few_shot, general), prompts)
+
+
+def task_name(data: str) -> str:
+    """Return the name that a recipe's data have as a task: a file's is its own name."""
+    return Path(data.strip()).name if is_path(data.strip()) else data.strip()
+
+
+def source_tree(recipe: Recipe, data: Tokenised) -> tuple[Branch, ...]:
+    """Return the tree of all that is read, the terms' prompts included."""
+    beside: list[Branch] = []
+    for term in recipe.keep:
+        if isinstance(term, KL | FewShot):
+            prompts = data.prompts[term.name]
+            name = f"{term.name} prompts (beside the batch)"
+            beside.append(branch(name, prompts, term.prompts_per_step))
+        elif isinstance(term, EWC):
+            beside.append(branch("ewc prompts (before the first step)", data.prompts["ewc"], 0))
+    return (*data.mixture.tree, *beside)
+
+
+def _limit(recipe: Recipe, model: LanguageModel) -> int:
+    """Return the longest sample allowed, in tokens."""
+    soft = prompt_tokens(recipe.method)
+    context = model.context_length - soft
+    if recipe.max_length is not None and recipe.max_length > context:
+        raise ConfigError(
+            f"max_length {recipe.max_length} is more than the context of {model.reference!r}, "
+            f"{context} tokens{' after the soft prompt' if soft else ''}; lower it or leave it out"
+        )
+    return recipe.max_length or context
+
+
+def _encode(
+    recipe: Recipe, model: LanguageModel, rows: Sequence[Row], template: Template, source: str
+) -> Encoded:
+    return encode_rows(
+        model,
+        rows,
+        template=template,
+        max_length=_limit(recipe, model),
+        long_rows=recipe.long_rows,
+        most_unanswered=recipe.most_unanswered,
+        source=source,
+    )
+
+
+def prompted(model: LanguageModel, encoded: Encoded, data: str) -> tuple[Sample, ...]:
+    """Return the samples under the soft prompt that their task has, if it has one."""
+    return under_prompt(encoded.samples, model.soft_prompt(task_name(data)))
+
+
+def _by_origin(
+    recipe: Recipe, examples: Sequence[Row], extra: Extra
+) -> list[tuple[str, Sequence[Row]]]:
+    """Return the rows of each data set that they are from."""
+    origins = extra.origins or ((recipe.data, len(examples)),)
+    assert sum(count for _, count in origins) == len(examples), "every row has an origin"
+    ends = list(itertools.accumulate(count for _, count in origins))
+    return [
+        (name, examples[end - count : end])
+        for (name, count), end in zip(origins, ends, strict=True)
+    ]  # fmt: skip

@@ -1,0 +1,127 @@
+"""Training in processes that are killed, and in two that share each batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from keepshot.models.loading import save
+from pico import pico_model
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from safetensors.torch import save_file
+from keepshot.prompts import Example
+from keepshot.tuning.keep import L2SP
+from keepshot.tuning.method_specs import LoRA
+from keepshot.tuning.recipe import Recipe
+from keepshot.tuning.tokenised import Extra
+from keepshot.tuning.train import train
+from pico import pico_model
+
+place = Path(sys.argv[1])
+rows = [Example(word, word[0].upper()) for word in ("fig", "pea", "oat", "rye", "nut", "yam")]
+recipe = Recipe(data="x", method=LoRA(rank=2), keep=(L2SP(),), steps=16, batch_size=4,
+                learning_rate=1e-2, save_every=1)
+
+def run(name, state_dir):
+    model = pico_model("llama")
+    train(recipe, model, rows, None, extra=Extra(state_dir=state_dir))
+    weights = {key: p.detach().clone() for key, p in model.module.named_parameters()}
+    save_file(weights, place / name)
+
+def forked(name, state_dir, patience):
+    # Nothing has started a thread by now, so that a fork is a whole process.
+    child = os.fork()
+    if child == 0:
+        run(name, state_dir)
+        os._exit(0)
+    ends = time.monotonic() + patience
+    while time.monotonic() < ends:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+began = time.perf_counter()
+run("whole.safetensors", None)
+length = time.perf_counter() - began
+random.seed(int(sys.argv[2]))
+killed = []
+while True:
+    patience = random.uniform(0.3, 0.9) * length if len(killed) < 3 else 600.0
+    status = forked("killed.safetensors", place / "state", patience)
+    if status == 0:
+        break
+    states = [path.name for path in (place / "state").glob("checkpoint-*")]
+    killed.append(max((int(name.rpartition("-")[2]) for name in states), default=0))
+same = (place / "whole.safetensors").read_bytes() == (place / "killed.safetensors").read_bytes()
+print(killed, same)
+"""
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    tests = str(Path(__file__).parents[1])
+    paths = [tests, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths),
+        "KEEPSHOT_CACHE": str(tmp_path / "cache"),
+    }  # fmt: skip
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_sigkill_at_any_moment_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """Killed thrice at moments drawn by seed, in a step or while a state is being written."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path), "0"],
+        env=environment(tmp_path), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    killed, same = done.stdout.splitlines()[-1].rsplit(" ", 1)
+    assert same == "True"
+    steps = json.loads(killed)
+    assert len(steps) >= 1
+    assert max(steps) > 0, "no kill came after the first state"
+
+
+def test_two_processes_tune_as_one_does(tmp_path: Path) -> None:
+    """Real torchrun, two gloo processes on the CPU; launchers that start one would be noticed."""
+    save(pico_model("llama"), tmp_path / "model")
+    rows = [{"input": "x" * (1 + n % 9), "output": str(n % 3)} for n in range(40)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    kl = "[{name: kl, prompts: 6, prompts_per_step: 1, shots: [2, 3], tasks: upper-case}]"
+    sets = [f"keep={kl}", "steps=6", "batch_size=8", "learning_rate=0.01", "accumulate=2"]
+    command = ["tune", "--model", str(tmp_path / "model"), "--data", str(file), "--json"]
+    command += [part for value in sets for part in ("--set", value)]
+    launchers = {
+        1: [sys.executable, "-m", "keepshot"],
+        2: [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+            "--master_port", "29518", "-m", "keepshot"],
+    }  # fmt: skip
+    documents: dict[int, Any] = {}
+    for size, launcher in launchers.items():
+        out = ["--keep", "none", "--out", str(tmp_path / f"run-{size}")]
+        done = subprocess.run(
+            [*launcher, *command, *out], env=environment(tmp_path), capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        documents[size] = json.loads(done.stdout)
+    one, two = documents[1], documents[2]
+    assert (one["cost"]["processes"], two["cost"]["processes"]) == (1, 2)
+    for row, other in zip(one["training"][0]["losses"], two["training"][0]["losses"], strict=True):
+        assert other == pytest.approx(row, abs=1e-6)
+    assert one["training"][0]["losses"][0]["loss"] > one["training"][0]["losses"][-1]["loss"]
+    assert (tmp_path / "run-2" / "adapter" / "adapter_model.safetensors").exists()
