@@ -23,6 +23,10 @@ from keepshot.common import (
     print_plan,
     print_table,
     show,
+    show_plan,
+    show_status,
+    show_study,
+    watching,
     working,
     write_blend,
 )
@@ -257,6 +261,52 @@ def judge(
 
 
 @app.command()
+def study(
+    file: option.StudyFile,
+    engine: option.StudyEngine = "local",
+    workers: option.StudyWorkers = None,
+    plan: option.Plan = False,
+    status: option.Status = False,
+    limit_minutes: option.LimitMinutes = None,
+    yes: option.Yes = False,
+    retry: option.Retry = False,
+    out: option.Out = None,
+    overwrite: option.Overwrite = False,
+    as_json: option.Json = False,
+    seed: option.Seed = None,
+    device: option.Device = None,
+    dtype: option.DType = None,
+    set_: option.Set = None,
+    trust_remote_code: option.Trust = False,
+    accept_licence: option.Licence = None,
+) -> None:
+    """Run a study of many models, stopped and gone on with at will."""
+    from keepshot.jobs.recipes import study_spec
+
+    where = option.given(
+        seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code or None
+    )
+    spec, usual = study_spec(file, where, set_ or [])
+    place, store = out or usual, open_store(accept_licence)
+    if status:
+        from keepshot.jobs.study import status_of
+
+        return show_status(*status_of(spec, store, place), as_json)
+    with watching(as_json) as watch:
+        watch.stage("starting")
+        if plan:
+            from keepshot.jobs.study_plan import plan_study
+
+            return show_plan(plan_study(spec, store, place, watch), as_json)
+        from keepshot.jobs.study import Running
+        from keepshot.jobs.study import study as study_job
+
+        running = Running(engine, workers, limit_minutes, yes, retry, overwrite)
+        document = study_job(spec, store, place, watch, running)
+    show_study(document, as_json, place)
+
+
+@app.command()
 def theory(
     claim: option.Claim = None,
     d: option.Dimension = None,
@@ -336,7 +386,7 @@ def query(
     dirs: option.QueryDirs = None,
     as_json: option.Json = False,
 ) -> None:
-    """Ask the records with SQL: items, scores, summary, path, training, instructions."""
+    """Ask the records with SQL: items, scores, summary, path, training, instructions, study."""
     from keepshot.query import query as run_query
 
     columns, rows = run_query(sql, dirs or sorted(Path("runs").glob("*")))

@@ -69,6 +69,44 @@ def working(as_json: bool) -> Any:
     return Screen(quiet=as_json)
 
 
+def watching(as_json: bool) -> Any:
+    """Return what shows a study's units on the terminal; with `--json`, nothing."""
+    from keepshot.board import Board
+
+    return Board(quiet=as_json)
+
+
+def show_study(document: Any, as_json: bool, out: Path) -> None:
+    """Print what a study has found, and where it lies."""
+    if as_json:
+        return typer.echo(document.to_json())
+    from keepshot.shown import show_study as show_document
+
+    show_document(document, out)
+
+
+def show_status(tally: Any, document: Any, as_json: bool) -> None:
+    """Print how far a study is."""
+    if as_json:
+        return print_json({"running": list(tally.running), "seconds_left": tally.seconds_left,
+                           **document.model_dump(mode="json", by_alias=True)})  # fmt: skip
+    from keepshot.shown import show_study as show_document
+    from keepshot.shown import show_tally
+
+    show_tally(tally)
+    show_document(document, None)
+
+
+def show_plan(plan: Any, as_json: bool) -> None:
+    """Print what a study would take."""
+    if as_json:
+        return print_json(plan.as_dict())
+    rows = plan.table()
+    print_table(list(rows[0]), [list(row.values()) for row in rows])
+    for line in plan.lines():
+        typer.echo(line)
+
+
 def open_workspace(out: Path | None, name: str, spec: Any, overwrite: bool) -> Any:
     """Claim the run directory: `out`, or a free name under `runs`."""
     from keepshot.jobs.workspace import Workspace, free_name

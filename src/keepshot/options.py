@@ -99,6 +99,22 @@ IFEval = Annotated[
 ]
 Sanity = Annotated[bool, typer.Option("--sanity", help="Test the judge itself too.")]
 
+# -- study -------------------------------------------------------------------------------------
+
+StudyFile = Annotated[
+    Path, typer.Argument(help="Study (YAML), or its directory.", metavar="STUDY.yaml")
+]
+StudyEngine = Annotated[
+    str, typer.Option("--engine", help="local, ray, or HOST:PORT of a Ray cluster.")
+]
+StudyWorkers = Annotated[int | None, typer.Option("--workers", min=1, help="Workers of Ray.")]
+Status = Annotated[bool, typer.Option("--status", help="Say how far it is, and stop.")]
+LimitMinutes = Annotated[
+    float | None, typer.Option("--limit-minutes", help="Begin nothing after this time.")
+]
+Yes = Annotated[bool, typer.Option("--yes", help="A large study is meant.")]
+Retry = Annotated[bool, typer.Option("--retry", help="Do again what failed.")]
+
 # -- theory ------------------------------------------------------------------------------------
 
 Claim = Annotated[

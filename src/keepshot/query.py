@@ -16,7 +16,8 @@ from keepshot.records import ResultDocument, read_item_table
 def query(sql: str, run_dirs: Sequence[Path]) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Run `sql` on tables `items`, `scores`, `summary`, `path`, `training` and `instructions`.
 
-    Each table has a first column `run` with the name of the directory. Files cannot be reached
+    Of studies there are `study`, a row for each item put to each model, and `study_scores`. Each
+    table has a first column `run` with the name of the directory. Files cannot be reached
     from the query.
 
     Returns:
@@ -26,20 +27,38 @@ def query(sql: str, run_dirs: Sequence[Path]) -> tuple[list[str], list[tuple[Any
         ConfigError: if no finished run is given, or the SQL is refused.
     """
     finished = [d for d in run_dirs if (d / "results.json").exists()]
-    if not finished:
+    studies = [d for d in run_dirs if (d / "study.json").exists()]
+    if not finished and not studies:
         raise ConfigError("no finished run to query; give run directories, or run in their parent")
     connection = duckdb.connect(config={"enable_external_access": False})
-    for name, table in _tables(finished).items():
+    tables = {**_tables(finished), **_study_tables(studies)}
+    for name, table in tables.items():
         connection.register(name, table)
     try:
         result = connection.execute(sql)
         return [column[0] for column in result.description or []], result.fetchall()
     except duckdb.Error as error:
         first = str(error).splitlines()[0]
-        raise ConfigError(f"query: {first}; tables are {', '.join(_tables(finished))}") from None
+        raise ConfigError(f"query: {first}; tables are {', '.join(tables)}") from None
+
+
+def _study_tables(studies: Sequence[Path]) -> dict[str, pa.Table]:
+    found: dict[str, pa.Table] = {}
+    for name, file in (("study", "frame.parquet"), ("study_scores", "scores.parquet")):
+        parts = [_named(read_item_table(place / file), place.name) for place in studies]
+        if parts:
+            # Studies differ in their tags, which are columns too.
+            found[name] = pa.concat_tables(parts, promote_options="permissive")
+    return found
+
+
+def _named(table: pa.Table, name: str) -> pa.Table:
+    return table.add_column(0, "run", pa.array([name] * table.num_rows, pa.string()))
 
 
 def _tables(run_dirs: Sequence[Path]) -> dict[str, pa.Table]:
+    if not run_dirs:
+        return {}
     rows: dict[str, list[dict[str, Any]]] = {
         "scores": [],
         "summary": [],
@@ -52,9 +71,7 @@ def _tables(run_dirs: Sequence[Path]) -> dict[str, pa.Table]:
         document = ResultDocument.read(directory).model_dump(mode="json", by_alias=True)
         for name, collected in rows.items():
             collected += [{"run": directory.name, **_flat(row)} for row in document[name]]
-        table = read_item_table(directory / "items.parquet")
-        names = pa.array([directory.name] * table.num_rows, pa.string())
-        items.append(table.add_column(0, "run", names))
+        items.append(_named(read_item_table(directory / "items.parquet"), directory.name))
     tables = {name: pa.Table.from_pylist(found) for name, found in rows.items() if found}
     return {"items": pa.concat_tables(items), **tables}
 

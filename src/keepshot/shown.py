@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
 from keepshot.records import JudgeDocument, ResultDocument
 from keepshot.report.terminal import (
@@ -15,6 +18,10 @@ from keepshot.report.terminal import (
     summary_table,
     theory_tables,
 )
+from keepshot.report.words import duration
+from keepshot.study.document import StudyDocument
+from keepshot.study.runner import Tally
+from keepshot.study.tables import FIGURES, figures, grouped, name_of
 from keepshot.theory.document import TheoryDocument
 
 
@@ -81,3 +88,42 @@ def show_theory(document: TheoryDocument, out_dir: Path) -> None:
     console.print(
         f"page:    {escape(str(out_dir / 'report.html'))}", highlight=False, soft_wrap=True
     )
+
+
+def show_study(document: StudyDocument, out_dir: Path | None) -> None:
+    """Print a study's arms by model and target, what failed, and where the report lies."""
+    console = Console()
+    for title, arms in grouped(document.arms):
+        table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("arm", min_width=16, no_wrap=True, overflow="ellipsis")
+        for name in FIGURES:
+            table.add_column(name, justify="right", no_wrap=True)
+        for arm in arms:
+            table.add_row(Text(name_of(arm)), *(Text(figure) for figure in figures(arm)))
+        console.print(table)
+    for failure in document.failures:
+        reason = failure["reason"].splitlines()[0]
+        console.print(escape(f"failed: {failure['label']}: {reason}"), highlight=False)
+    left = document.total - document.done - document.failed
+    console.print(f"{document.done} done, {document.failed} failed, {left} left", highlight=False)
+    if left and out_dir is not None:
+        console.print("the same command goes on from here", highlight=False)
+    if document.failed:
+        console.print("--retry does again what failed, once its cause is mended", highlight=False)
+    if out_dir is not None:
+        console.print(f"written: {escape(str(out_dir))}", highlight=False, soft_wrap=True)
+        page = escape(str(out_dir / "report.md"))
+        console.print(f"report:  {page}", highlight=False, soft_wrap=True)
+
+
+def show_tally(tally: Tally) -> None:
+    """Print how far a study is, and what is being done."""
+    console = Console()
+    time_left = "" if tally.seconds_left is None else f", about {duration(tally.seconds_left)}"
+    console.print(
+        f"{tally.total} units: {tally.done} done, {tally.failed} failed, "
+        f"{len(tally.running)} running, {tally.left} left{time_left}",
+        highlight=False,
+    )
+    for label in tally.running:
+        console.print(f"  running: {escape(label)}", highlight=False, soft_wrap=True)

@@ -28,6 +28,9 @@ SURFACE = {
     | {"--accept-licence", "--no-check", "--follow"},
     "judge": SPEC - {"--overwrite"}
     | {"--judge", "--prompts", "--ifeval", "--limit", "--sanity", "--accept-licence"},
+    "study": SPEC
+    | {"--engine", "--workers", "--plan", "--status", "--limit-minutes", "--yes", "--retry"}
+    | {"--accept-licence"},
     "theory": COMMON
     | {"--claim", "--d", "--sigma2", "--spectrum", "--shots", "--pretrain-shots"}
     | {"--seed", "--device", "--dtype", "--set", "--overwrite"},

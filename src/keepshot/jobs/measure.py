@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from keepshot.assets import AssetStore
 from keepshot.errors import ConfigError, unknown
 from keepshot.harness.tasks import harness_tasks, split_names
-from keepshot.jobs.cluster import processors, shared_out
+from keepshot.jobs.cluster import Cluster, processors, shared_out
 from keepshot.jobs.following import Follower
 from keepshot.jobs.ledger import Ledger, add_costs, model_record
 from keepshot.jobs.loading import load_as
@@ -19,7 +19,7 @@ from keepshot.models.loading import identify, load, outline
 from keepshot.models.reference import parse_reference
 from keepshot.models.soft_prompts import attached
 from keepshot.progress import Progress, Silent
-from keepshot.prompts import TEMPLATES
+from keepshot.prompts import TEMPLATES, Template
 from keepshot.records import (
     Cost,
     InstructionRow,
@@ -198,7 +198,8 @@ def _measure_apart(
     ledger.progress.stage(f"measuring {len(left)} models in {workers} workers of Ray")
     ledger.progress.update(0, len(left))
     gpus = jobs[0].spec.device.startswith("cuda")
-    with closing(shared_out(_measure_in_worker, left, workers=workers, gpus=gpus)) as results:
+    cluster = Cluster(workers, gpus=gpus)
+    with closing(shared_out(_measure_in_worker, left, cluster)) as results:
         for count, (place, found) in enumerate(results, start=1):
             job = left[place]
             ledger.keep(str(job.number), found.items)
@@ -247,15 +248,26 @@ def read_tasks(
     check_shots(tasks, measuring.shots)
     if measuring.template is None:
         return tuple(tasks)
-    if measuring.template not in TEMPLATES:
-        listing = f"templates are {', '.join(TEMPLATES)}"
-        raise ConfigError(unknown("template", measuring.template, TEMPLATES, listing))
+    template = template_named(measuring.template)
     if theirs:
         raise ConfigError(
             f"--template {measuring.template!r} is for tasks of ours: lm-eval:{theirs[0]} words "
             "its own prompts; drop one of the two"
         )
-    return tuple(replace(task, template=TEMPLATES[measuring.template]) for task in tasks)
+    return tuple(replace(task, template=template) for task in tasks)
+
+
+def template_named(name: str) -> Template:
+    """Return the prompt template of that name.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if name not in TEMPLATES:
+        raise ConfigError(
+            unknown("template", name, TEMPLATES, f"templates are {', '.join(TEMPLATES)}")
+        )
+    return TEMPLATES[name]
 
 
 def plan_for(

@@ -10,6 +10,7 @@ from typing import Any
 from keepshot.errors import ConfigError
 from keepshot.jobs.specs import BlendSpec, JudgeSpec, MeasureSpec, RunSpec, TuneSpec
 from keepshot.specs import apply_overrides, read_yaml
+from keepshot.study.grid import StudySpec
 from keepshot.theory.document import TheorySpec
 from keepshot.tuning.keep import KEEP_TERMS
 from keepshot.tuning.method_specs import METHODS, describe_method
@@ -131,6 +132,28 @@ def theory_spec(given: Mapping[str, Any], overrides: Sequence[str]) -> TheorySpe
         ConfigError: if an option or override does not fit.
     """
     return TheorySpec.from_mapping(apply_overrides(dict(given), overrides), source="theory")
+
+
+def study_spec(
+    file: Path, given: Mapping[str, Any], overrides: Sequence[str]
+) -> tuple[StudySpec, Path]:
+    """Return the spec of `keepshot study`, and the directory that it has unless one is named.
+
+    Args:
+        file: a study (YAML), or the directory of one that was started.
+        given: options of the command line.
+        overrides: `key=value` on the study's keys.
+
+    Raises:
+        ConfigError: if the file or an override does not fit.
+    """
+    inside = file / "study.yaml"
+    if file.is_dir() and not inside.exists():
+        raise ConfigError(f"{file}: no study.yaml, so no study lies here; give a study's file")
+    path = inside if file.is_dir() else file
+    content = {**read_yaml(path), **given}
+    spec = StudySpec.from_mapping(apply_overrides(content, overrides), source=path.name)
+    return spec, file if file.is_dir() else Path("runs") / spec.name
 
 
 def describe() -> list[dict[str, str]]:

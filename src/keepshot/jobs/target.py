@@ -6,7 +6,7 @@ from pathlib import Path
 
 from keepshot.assets import AssetStore
 from keepshot.errors import TaskError
-from keepshot.tasks.catalog import CATALOG, is_path, load_task
+from keepshot.tasks.catalog import TUNABLE, is_path, load_task
 from keepshot.tasks.source import read_examples_file
 from keepshot.tasks.task import Task, group_by_input, seeded
 
@@ -27,12 +27,11 @@ def load_target(name: str, store: AssetStore, *, seed: int = 0) -> Task:
     """
     if is_path(name):
         return _split_file(Path(name), seed)
-    task = load_task(name, store)
+    task = load_task(name, store, to_tune=True)
     if not task.train:
-        tunable = sorted(other for other, entry in CATALOG.items() if entry.role == "target")
         raise TaskError(
             f"task {name!r} is for measuring and has nothing to train on; "
-            f"tune on {', '.join(tunable)}, or on a file of your own with --data FILE"
+            f"tune on {', '.join(sorted(TUNABLE))}, or on a file of your own with --data FILE"
         )
     return task
 

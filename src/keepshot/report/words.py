@@ -59,6 +59,14 @@ def _whole(share: float) -> int:
     return round(100 * share)
 
 
+def duration(seconds: float) -> str:
+    """Return a time as `40 s`, `12 min` or `2 h 05 min`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 def lam(value: float) -> str:
     """Return lambda without trailing zeros: `0.4`, `1`."""
     return f"{value:.3g}"

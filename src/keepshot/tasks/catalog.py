@@ -236,6 +236,11 @@ SUITES: dict[str, tuple[str, ...]] = {
     ),
     "anchors": tuple(name for name, entry in CATALOG.items() if entry.role == "anchor"),
 }  # fmt: skip
+TUNABLE: tuple[str, ...] = (
+    *(name for name, entry in CATALOG.items() if entry.role == "target"),
+    "extract-phone", "number-spelling", "sentence-language",
+)  # fmt: skip
+"""What can be tuned for: targets, and tasks outside `core` that hold more rows than they ask."""
 
 
 def list_tasks() -> list[dict[str, str | list[str]]]:
@@ -257,10 +262,12 @@ def load_task(
     seed: int = 0,
     shots: int = 0,
     validation_share: float = 0.0,
+    to_tune: bool = False,
 ) -> Task:
     """Build an embedded task, or the task that an examples file makes.
 
-    Embedded tasks are split once for all; the keywords bear on files alone (`task_from_file`).
+    Embedded tasks are split once for all; the keywords bear on files alone (`task_from_file`),
+    but for `to_tune`: what no split of a `TUNABLE` task holds becomes its `train`.
 
     Raises:
         TaskError: if there is no such task or file, or the file cannot be used.
@@ -273,7 +280,9 @@ def load_task(
     if name_or_path not in CATALOG:
         listing = "`keepshot tasks` lists all, and an examples file is named by its path"
         raise TaskError(unknown("task", name_or_path, [*CATALOG, *SUITES], listing))
-    return _embedded(name_or_path, CATALOG[name_or_path], store)
+    entry = CATALOG[name_or_path]
+    trains = entry.role == "target" or (to_tune and name_or_path in TUNABLE)
+    return _embedded(name_or_path, entry, store, trains=trains)
 
 
 def resolve_tasks(
@@ -367,7 +376,7 @@ def task_from_file(
     )
 
 
-def _embedded(name: str, entry: TaskEntry, store: AssetSource) -> Task:
+def _embedded(name: str, entry: TaskEntry, store: AssetSource, *, trains: bool) -> Task:
     generator = seeded(name, entry.version)
     groups = group_by_input(entry.build(store, generator))
     pool = [groups[int(index)][0] for index in generator.permutation(len(groups))]
@@ -384,7 +393,7 @@ def _embedded(name: str, entry: TaskEntry, store: AssetSource) -> Task:
         demonstrations=tuple(pool[: ends[0]]),
         validation=tuple(pool[ends[0] : ends[1]]),
         test=apart or tuple(pool[ends[1] : ends[2]]),
-        train=tuple(pool[ends[2] :]) if entry.role == "target" else (),
+        train=tuple(pool[ends[2] :]) if trains else (),
     )
 
 

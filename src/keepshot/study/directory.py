@@ -1,0 +1,314 @@
+"""A study's directory: records written once, and claims that keep two runners apart.
+
+    study.yaml  units/ID.json (the record, last)  units/ID.parquet (rows)  models/ID  claims/ID
+
+A claim names its process and is touched while that lives; one whose process is gone, or that was
+not touched for a minute, is taken over. All that decides who does what happens under one lock,
+which the system releases with the process. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from keepshot import __version__
+from keepshot.errors import StudyError
+from keepshot.outputs import claim as check_place
+from keepshot.outputs import output_error, write_text
+from keepshot.records import ItemResult, ModelRecord, TrainingRecord, write_items
+
+RECORD_SCHEMA = 1
+BEAT_SECONDS = 5.0
+STALE_SECONDS = 60.0
+Status = Literal["done", "failed"]
+
+
+class UnitRecord(BaseModel):
+    """What came of one unit; its presence means that the unit is settled."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: int = Field(default=RECORD_SCHEMA, alias="schema")
+    keepshot: str = __version__
+    unit: str
+    kind: Literal["tune", "measure"]
+    label: str
+    status: Status
+    seconds: float = 0.0
+    """Of this unit, loading included."""
+    loading_seconds: float = 0.0
+    work_seconds: float = 0.0
+    """Of tuning or scoring alone."""
+    tokens: int = 0
+    """Read by the model: of training samples, or of prompts once shared."""
+    peak_bytes: int | None = None
+    """Most memory of the process so far."""
+    model: ModelRecord | None = None
+    training: TrainingRecord | None = None
+    task_versions: dict[str, int] = Field(default_factory=dict)
+    reason: str | None = None
+    """Of a failure: one to three lines."""
+    trace: str | None = None
+    """Of a failure: its traceback."""
+    by: str = ""
+    """Host and process."""
+
+    def to_json(self) -> str:
+        """Return the text of the record's file."""
+        return self.model_dump_json(by_alias=True, indent=1)
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """Who does a unit at the moment."""
+
+    unit: str
+    host: str
+    pid: int
+    started: str | None
+    token: str
+
+
+class StudyDirectory:
+    """The place of one study, shared by any number of runners."""
+
+    def __init__(self, path: Path, *, stale_seconds: float = STALE_SECONDS) -> None:
+        self.path = path.absolute()
+        self._stale_seconds = stale_seconds
+        self._known: dict[str, UnitRecord] = {}
+
+    def open(self, spec_text: str, fingerprint: str, *, overwrite: bool = False) -> None:
+        """Make the directory for a study, or check that it is of this one.
+
+        Args:
+            spec_text: the study as YAML.
+            fingerprint: of the study.
+            overwrite: go on with another study here; records that both share are kept.
+
+        Raises:
+            StudyError: if it is of another study.
+            OutputError: if it cannot be written, or holds something else.
+        """
+        mark = self.path / "fingerprint"
+        found = mark.read_text("utf-8").strip() if mark.exists() else None
+        if found is None:
+            check_place(self.path, overwrite=overwrite)
+        elif found != fingerprint and not overwrite:
+            raise StudyError(
+                f"{self.path}: holds another study ({self.path / 'study.yaml'} differs from what "
+                "is asked);\nname another with --out, or add --overwrite to go on here with the "
+                "new one, which keeps the records that both share"
+            )
+        try:
+            for name in ("units", "models", "claims"):
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise output_error(error, self.path) from error
+        with self._lock():
+            write_text(spec_text, self.path / "study.yaml")
+            write_text(fingerprint + "\n", mark)
+
+    # -- records ---------------------------------------------------------------------------
+
+    def records(self, units: Iterable[str]) -> dict[str, UnitRecord]:
+        """Return the records that there are of these units; each file is read once.
+
+        Raises:
+            StudyError: if a record is of another version, or cannot be read.
+        """
+        there = {name for name in os.listdir(self.path / "units") if name.endswith(".json")}
+        found: dict[str, UnitRecord] = {}
+        for unit in units:
+            if f"{unit}.json" not in there:
+                self._known.pop(unit, None)
+                continue
+            if unit not in self._known:
+                self._known[unit] = _read_record(self.path / "units" / f"{unit}.json")
+            found[unit] = self._known[unit]
+        return found
+
+    def write(self, record: UnitRecord, items: list[ItemResult] | None, claim: Claimed) -> bool:
+        """Write a unit's rows and its record, unless another has taken it over.
+
+        Returns:
+            Whether the record is this one.
+        """
+        if items is not None:
+            write_items(items, self.rows(record.unit))
+        with self._lock():
+            mine = self._read_claim(record.unit)
+            return mine is not None and mine.token == claim.token and self._write_once(record)
+
+    def write_unclaimed(self, record: UnitRecord) -> None:
+        """Write the record of a unit that nobody can do."""
+        with self._lock():
+            self._write_once(record)
+
+    def rows(self, unit: str) -> Path:
+        """Return where a unit's rows are."""
+        return self.path / "units" / f"{unit}.parquet"
+
+    def forget(self, units: Iterable[str]) -> None:
+        """Delete the records of units, so that they are done again."""
+        with self._lock():
+            for unit in units:
+                (self.path / "units" / f"{unit}.json").unlink(missing_ok=True)
+                self._known.pop(unit, None)
+
+    def _write_once(self, record: UnitRecord) -> bool:
+        path = self.path / "units" / f"{record.unit}.json"
+        if path.exists():
+            return False
+        write_text(record.to_json(), path)
+        return True
+
+    # -- tuned models ----------------------------------------------------------------------
+
+    def model(self, unit: str) -> Path:
+        """Return where the model that a unit makes lies."""
+        return self.path / "models" / unit
+
+    def has_model(self, unit: str) -> bool:
+        """Say whether it lies there whole: `tuning.json` comes last."""
+        return (self.model(unit) / "tuning.json").exists()
+
+    def drop_model(self, unit: str) -> None:
+        """Delete it."""
+        away = self.path / "models" / f".{unit}.{secrets.token_hex(4)}"
+        with self._lock(), contextlib.suppress(FileNotFoundError):
+            self.model(unit).replace(away)
+        shutil.rmtree(away, ignore_errors=True)
+
+    # -- claims ----------------------------------------------------------------------------
+
+    @contextmanager
+    def claimed(self, unit: str, again: Callable[[], bool]) -> Generator[Claimed | None]:
+        """Hold a unit within the block; yields None where another holds it.
+
+        Args:
+            unit: what is claimed.
+            again: asked once nobody else can claim: whether it is still to be done.
+        """
+        claim = Claimed(unit, _host(), os.getpid(), _start_of(os.getpid()), secrets.token_hex(8))
+        with self._lock():
+            free = not self._is_held(unit) and again()
+            if free:
+                write_text(json.dumps(claim.__dict__), self._claim_path(unit))
+        if not free:
+            yield None
+            return
+        stop = threading.Event()
+        path = self._claim_path(unit)
+        beat = threading.Thread(target=_keep_fresh, args=(path, stop), daemon=True)
+        beat.start()
+        try:
+            yield claim
+        finally:
+            stop.set()
+            beat.join()
+            with self._lock():
+                mine = self._read_claim(unit)
+                if mine is not None and mine.token == claim.token:
+                    path.unlink(missing_ok=True)
+
+    def running(self) -> list[Claimed]:
+        """Return the claims whose process is at work."""
+        names = sorted(p.name for p in (self.path / "claims").iterdir() if p.name[0] != ".")
+        with self._lock():
+            held = [name for name in names if self._is_held(name)]
+            claims = [self._read_claim(name) for name in held]
+        return [claim for claim in claims if claim is not None]
+
+    def _is_held(self, unit: str) -> bool:
+        claim, path = self._read_claim(unit), self._claim_path(unit)
+        if claim is None:
+            return False
+        if claim.host == _host():
+            return _start_of(claim.pid) == claim.started and _is_alive(claim.pid)
+        # Both times are the file system's own: clocks of two machines may differ.
+        probe = self.path / "claims" / ".now"
+        probe.touch()
+        with contextlib.suppress(FileNotFoundError):
+            return probe.stat().st_mtime - path.stat().st_mtime < self._stale_seconds
+        return False
+
+    def _read_claim(self, unit: str) -> Claimed | None:
+        try:
+            return Claimed(**json.loads(self._claim_path(unit).read_text("utf-8")))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+
+    def _claim_path(self, unit: str) -> Path:
+        return self.path / "claims" / unit
+
+    def _lock(self) -> FileLock:
+        return FileLock(self.path / ".lock")
+
+
+def _read_record(path: Path) -> UnitRecord:
+    try:
+        content: Any = json.loads(path.read_text("utf-8"))
+        schema = content["schema"]
+        if schema == RECORD_SCHEMA:
+            return UnitRecord.model_validate(content)
+    except (ValueError, KeyError, TypeError, ValidationError):
+        raise StudyError(
+            f"{path}: cannot be read as the record of a unit; delete it, and the unit is done again"
+        ) from None
+    raise StudyError(
+        f"{path}: written by keepshot {content.get('keepshot')} as a record of version {schema}, "
+        f"and this is keepshot {__version__}, which reads version {RECORD_SCHEMA};\n"
+        "go on with that version, or start in another directory with --out"
+    )
+
+
+def _keep_fresh(path: Path, stop: threading.Event) -> None:
+    while not stop.wait(BEAT_SECONDS):
+        with contextlib.suppress(OSError):
+            os.utime(path)
+
+
+def _host() -> str:
+    """Return what tells processes apart that cannot see each other: machine and name space."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        space = ""
+    return f"{platform.node()} {space}".strip()
+
+
+def _start_of(pid: int) -> str | None:
+    """Return when a process started, so that its number is not taken for that of another."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text("utf-8")
+    except OSError:
+        return None
+    return text.rpartition(")")[2].split()[19]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        # A process that was killed and not yet waited for is there, and does nothing.
+        return Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return True

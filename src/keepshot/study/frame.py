@@ -1,0 +1,258 @@
+"""A study's rows as one frame, and what its arms come to. Pure but for reading what was recorded.
+
+One row for each item under one draw of demonstrations, put to one model; plain columns, so that
+SQL, pandas and `keepshot.study.analysis` read it alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from keepshot import stats
+from keepshot.errors import StudyError
+from keepshot.outputs import replacing
+from keepshot.records import read_item_table
+from keepshot.stats import Matrix
+from keepshot.study.directory import UnitRecord
+from keepshot.study.document import StudyArm
+from keepshot.study.grid import Grid, StudySpec
+
+Frame: TypeAlias = Any
+"""A pandas DataFrame, whose columns and groups its own types leave open."""
+BOOTSTRAP_SEED = 20
+SCORE_KEYS = [
+    "model", "family", "num_parameters", "stage", "recipe", "target", "tuning_seed", "lam", "ask",
+    "setting", "split", "task", "is_target", "shots", "seed",
+]  # fmt: skip
+KEPT_COLUMNS = (
+    "task", "split", "shots", "seed", "item", "gold", "answer", "correct", "format_failure",
+    "label_leakage",
+)  # fmt: skip
+
+
+def item_frame(
+    spec: StudySpec,
+    grid: Grid,
+    records: Mapping[str, UnitRecord],
+    rows: Callable[[str], Path],
+) -> Frame:
+    """Return the rows of all cells that are done; a unit that fills several comes in each.
+
+    Args:
+        spec: names families and tags.
+        grid: the cells.
+        records: of the units.
+        rows: where a unit's rows are.
+
+    Raises:
+        StudyError: if a tag has the name of a column.
+    """
+    parts: list[pa.Table] = []
+    tags = {name for model in spec.models for name in model.tags}
+    for cell in grid.cells:
+        record = records.get(cell.unit)
+        if record is None or record.status != "done":
+            continue
+        subject, model = cell.subject, spec.model(cell.subject.model)
+        table = read_item_table(rows(cell.unit))
+        size = record.model.num_parameters if record.model else 0
+        constants: dict[str, tuple[Any, pa.DataType]] = {
+            "unit": (cell.unit, pa.string()),
+            "model": (subject.model, pa.string()),
+            "family": (model.family or model.label, pa.string()),
+            "num_parameters": (size, pa.int64()),
+            "stage": (subject.stage, pa.string()),
+            "recipe": (subject.recipe, pa.string()),
+            "target": (subject.target, pa.string()),
+            "tuning_seed": (subject.seed, pa.int32()),
+            "lam": (subject.lam, pa.float64()),
+            "ask": (cell.ask, pa.string()),
+        }
+        columns = {name: _repeated(v, table.num_rows, t) for name, (v, t) in constants.items()}
+        columns |= {name: table[name] for name in KEPT_COLUMNS}
+        columns["num_choices"] = [len(choices) for choices in table["choices"].to_pylist()]
+        parts.append(pa.table(columns))
+    frame = pa.concat_tables(parts).to_pandas() if parts else pd.DataFrame(columns=_columns())
+    frame["setting"] = np.where(frame["shots"] == 0, "direct", "gold")
+    num_choices = frame.pop("num_choices").to_numpy(float)
+    frame["chance"] = np.where(num_choices > 0.0, 1.0 / np.maximum(num_choices, 1.0), 0.0)
+    clash = sorted(tags & set(frame.columns) | tags & {"is_target"})
+    if clash:
+        raise StudyError(f"tag {clash[0]!r} has the name of a column of the frame; rename it")
+    targets = [target_name(target) for target in spec.targets]
+    own = frame["target"].map(target_name, na_action="ignore")
+    frame["is_target"] = np.where(own.isna(), frame["task"].isin(targets), frame["task"] == own)
+    for name in sorted(tags):
+        of = {model.label: model.tags.get(name) for model in spec.models}
+        frame[name] = [of[label] for label in frame["model"]]
+    return frame
+
+
+def target_name(target: str) -> str:
+    """Return a target's name as a task: a file's is its own name."""
+    return Path(target).name if "/" in target else target
+
+
+def score_frame(items: Frame) -> Frame:
+    """Return one row for each model, task, shots and draw: `value`, `chance`, `num_items`."""
+    grouped = items.groupby(SCORE_KEYS, dropna=False, sort=False, observed=True)
+    return grouped.agg(
+        value=("correct", "mean"),
+        chance=("chance", "mean"),
+        num_items=("correct", "size"),
+        format_failure=("format_failure", "mean"),
+        label_leakage=("label_leakage", "mean"),
+    ).reset_index()
+
+
+def pairs(scores: Frame, *, shots: int, split: str = "test", by_task: bool = True) -> Frame:
+    """Return tuned direct scores beside their base's scores from gold demonstrations.
+
+    The frame that `mixed_model` takes; its columns go into `correlate` (`family` as clusters).
+
+    Args:
+        scores: as `score_frame` returns.
+        shots: demonstrations of the base.
+        split: the split of both.
+        by_task: a row for each tuned model and task; else means over tasks.
+
+    Returns:
+        Columns `model`, `family`, `recipe`, `target`, `tuning_seed`, `task`, `base`, `tuned`,
+        `base_direct` (the negative control), `noise` (variance of `tuned` by its items) and
+        `log_size`.
+    """
+    there = scores[(scores["split"] == split) & (scores["stage"] != "blend")]
+    base = there[there["stage"] == "base"]
+    by = ["model", "task"]
+    gold = base[base["shots"] == shots].groupby(by)["value"].mean().rename("base")
+    plain = base[base["shots"] == 0].groupby(by)["value"].mean().rename("base_direct")
+    tuned = there[(there["stage"] == "tuned") & (there["shots"] == 0)]
+    tuned = tuned.rename(columns={"value": "tuned"})
+    found = tuned.join(gold, on=by, how="inner").join(plain, on=by)
+    found["noise"] = found["tuned"] * (1.0 - found["tuned"]) / (found["num_items"] - 1).clip(1)
+    found["log_size"] = np.log(found["num_parameters"].clip(lower=1))
+    keys = ["model", "family", "recipe", "target", "tuning_seed"]
+    values = ["base", "tuned", "base_direct", "noise", "log_size"]
+    if by_task:
+        return found[[*keys, "task", *values]].reset_index(drop=True)
+    return found.groupby(keys, dropna=False, sort=False)[values].mean().reset_index()
+
+
+def matrix(rows: Frame) -> Matrix:
+    """Return `correct` as [draws, items]: draws of demonstrations, under every seed of tuning."""
+    table = rows.pivot(index=["tuning_seed", "seed"], columns="item", values="correct")
+    found = table.to_numpy(dtype=np.float64)
+    assert not np.isnan(found).any(), "every draw must see the same items"
+    return found
+
+
+def arms(
+    spec: StudySpec, grid: Grid, items: Frame, records: Mapping[str, UnitRecord]
+) -> list[StudyArm]:
+    """Return what each arm keeps of its base's few-shot ability, and its target's score.
+
+    Tuning seeds and draws of demonstrations are resampled together, as one level.
+    """
+    found: list[StudyArm] = []
+    seconds: dict[tuple[str, str | None, str | None], list[float]] = {}
+    for subject, identity in grid.tuned.items():
+        record = records.get(identity)
+        if record is not None and record.training is not None:
+            key = subject.model, subject.target, subject.recipe
+            seconds.setdefault(key, []).append(record.training.seconds)
+    for model in spec.models:
+        for target in spec.targets or ("",):
+            name = target_name(target)
+            own = items[items["model"] == model.label]
+            base = own[own["stage"] == "base"]
+            near = own[own["target"] == target]
+            if base.empty:
+                continue
+            groups = near.groupby(["recipe", "lam"], dropna=False, sort=False)
+            every = [((None, None), base), *((key, rows) for key, rows in groups)]
+            for (recipe, lam), rows in every:
+                spent = seconds.get((model.label, target, recipe), [])
+                who = {
+                    "model": model.label, "target": target, "recipe": recipe,
+                    "lam": None if lam is None or np.isnan(lam) else float(lam),
+                    "tuning_seconds": float(np.mean(spent)) if spent else None,
+                }  # fmt: skip
+                found += _arm_rows(rows, base, name, who)
+    return found
+
+
+def _arm_rows(rows: Frame, base: Frame, target: str, who: Mapping[str, Any]) -> list[StudyArm]:
+    found: list[StudyArm] = []
+    asked = rows[(rows["task"] != target) & (rows["shots"] > 0)]
+    for (ask, split, shots), part in asked.groupby(["ask", "split", "shots"], sort=False):
+        same = (base["ask"] == ask) & (base["split"] == split) & (base["shots"] == shots)
+        before_of = {task: one for task, one in base[same].groupby("task")}
+        after: list[Matrix] = []
+        before: list[Matrix] = []
+        chances: list[float] = []
+        for task, one in part.groupby("task"):
+            after.append(matrix(one))
+            if task in before_of:
+                times = len(after[-1]) // len(matrix(before_of[task]))
+                before.append(np.tile(matrix(before_of[task]), (times, 1)))
+            chances.append(float(one["chance"].mean()))
+        icl = stats.mean_over_tasks(after, np.random.default_rng(BOOTSTRAP_SEED))
+        kept = None
+        if len(before) == len(after):
+            generator = np.random.default_rng(BOOTSTRAP_SEED)
+            kept = stats.retention(after, before, chances, generator)
+        direct = (rows["task"] == target) & (rows["shots"] == 0) & (rows["split"] == split)
+        score = _mean(rows[direct])
+        by_task = part.groupby("task")
+        found.append(
+            StudyArm(
+                **who, ask=str(ask), split=str(split), shots=int(shots),
+                icl=icl.value, icl_ci95=icl.ci95,
+                retention=kept.value if kept else None,
+                retention_ci95=kept.ci95 if kept else None,
+                target_score=score.value if score else None,
+                target_ci95=score.ci95 if score else None,
+                format_failure=float(by_task["format_failure"].mean().mean()),
+                label_leakage=float(by_task["label_leakage"].mean().mean()),
+                num_tasks=len(after), num_items=sum(m.shape[1] for m in after),
+                num_seeds=max(1, part["tuning_seed"].nunique()),
+            )
+        )  # fmt: skip
+    return found
+
+
+def _mean(rows: Frame) -> stats.Interval | None:
+    """Return the mean of the target's score; of one seed with its Wilson interval."""
+    if rows.empty:
+        return None
+    once = rows.drop_duplicates(["tuning_seed", "item"])
+    if once["tuning_seed"].nunique() <= 1:
+        return stats.proportion(float(once["correct"].sum()), len(once))
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    return stats.mean_over_tasks([matrix(once)], generator)
+
+
+def write_frames(items: Frame, scores: Frame, out_dir: Path) -> Sequence[Path]:
+    """Write `frame.parquet` (a row for each item) and `scores.parquet`; atomically."""
+    paths = (out_dir / "frame.parquet", out_dir / "scores.parquet")
+    for frame, path in zip((items, scores), paths, strict=True):
+        with replacing(path) as temporary:
+            pq.write_table(pa.Table.from_pandas(frame, preserve_index=False), temporary)
+    return paths
+
+
+def _repeated(value: Any, count: int, kind: pa.DataType) -> pa.Array:
+    return pa.nulls(count, kind) if value is None else pa.repeat(pa.scalar(value, kind), count)
+
+
+def _columns() -> list[str]:
+    made = ("is_target", "setting")
+    named = ["unit", "num_choices", *SCORE_KEYS, *KEPT_COLUMNS]
+    return [name for name in dict.fromkeys(named) if name not in made]

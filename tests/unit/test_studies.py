@@ -1,0 +1,99 @@
+"""The studies that are shipped: they are what they say, and planning them works."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from command import status
+from keepshot.assets import AssetStore
+from keepshot.jobs.recipes import study_spec
+from keepshot.jobs.study import grid_of
+from keepshot.jobs.target import load_target
+from keepshot.models.loading import LanguageModel, save
+from keepshot.study.grid import StudySpec, check_size
+from keepshot.tasks.catalog import SUITES, TUNABLE
+from keepshot.tuning.keep import TERMS
+from keepshot.tuning.method_specs import METHODS
+
+STUDIES = Path(__file__).parents[2] / "studies"
+SHIPPED = sorted(path.name for path in STUDIES.glob("*.yaml"))
+
+
+def shipped(name: str) -> StudySpec:
+    return study_spec(STUDIES / name, {}, [])[0]
+
+
+def test_the_screen_has_every_method_and_every_term() -> None:
+    spec = shipped("keep.yaml")
+    methods = {recipe.method.name for recipe in spec.recipes.values()}
+    assert methods == {*METHODS} - {"bias-only"}, "the model has no biases"
+    assert {term.name for recipe in spec.recipes.values() for term in recipe.keep} == {*TERMS}
+    assert len(spec.targets) == 2
+    assert len(spec.seeds) == 1
+    assert {split for ask in spec.asks.values() for split in ask.splits} == {"validation"}
+
+
+def test_partial_adaptation_chooses_on_other_items_than_it_reports() -> None:
+    spec = shipped("partial_adaptation.yaml")
+    assert all(ask.splits == ("validation", "test") for ask in spec.asks.values())
+    assert spec.blends is not None
+    assert set(spec.seeds) == {0, 1, 2}
+    assert len(spec.models) == 2
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_targets_are_not_among_what_stands_for_few_shot_ability(name: str) -> None:
+    spec = shipped(name)
+    asked = {task for ask in spec.asks.values() for task in ask.tasks} - {"target"}
+    assert asked <= set(SUITES["core"])
+    assert not set(spec.targets) & set(SUITES["core"])
+    assert set(spec.targets) <= set(TUNABLE)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_studies_expand_within_the_limit(name: str, store: AssetStore) -> None:
+    grid = grid_of(shipped(name), store)
+    check_size(grid, meant=False)
+    kinds = [unit.kind for unit in grid.units.values()]
+    # (name, tunings, measurements): 31 and 30 recipes, each asked twice, and the base
+    wanted = {"keep.yaml": (61, 124), "partial_adaptation.yaml": (108, 8 + 432 + 720)}
+    assert (kinds.count("tune"), kinds.count("measure")) == wanted[name]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_studies_can_be_planned(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fresh_pico: Callable[..., LanguageModel],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With a pico model in the real ones' place, and what takes longest to read left out."""
+    monkeypatch.chdir(tmp_path)
+    save(fresh_pico("llama"), tmp_path / "base")
+    changed = ["models=[base]", "targets=[support]", "exclude=[]", "asks.few-shot.limit=2"]
+    given = [word for change in changed for word in ("--set", change)]
+    assert status("study", str(STUDIES / name), "--plan", "--json", *given) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert all(row["tokens"] > 0 and row["seconds"] > 0.0 for row in plan["work"])
+    assert plan["seconds_left"] > 0.0
+    tuned = {row["what"]: row["tokens"] for row in plan["work"] if row["what"].startswith("tune")}
+    if name == "keep.yaml":
+        assert len(tuned) == 31
+        assert tuned["tune kl on support"] > tuned["tune lora on support"]
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", TUNABLE)
+def test_targets_hold_enough_to_train_on_and_share_no_question(
+    name: str, store: AssetStore
+) -> None:
+    task = load_target(name, store)
+    assert len(task.train) >= 60
+    splits = [task.train, task.demonstrations, task.validation, task.test]
+    questions = [{example.input.strip().casefold() for example in split} for split in splits]
+    assert sum(map(len, questions)) == len(set().union(*questions))
