@@ -13,12 +13,12 @@ import torch
 from command import status
 from keepshot.errors import ConfigError
 from keepshot.progress import Silent
-from keepshot.records import Cost, ResultDocument, SummaryRow
 from keepshot.report.theory import claim_chart, series_looks
 from keepshot.theory import bridge, extensions, transformer
 from keepshot.theory.document import (
     DEFAULT_CLAIMS,
     ClaimRecord,
+    RealArm,
     TheoryDocument,
     TheorySpec,
     z_score,
@@ -198,22 +198,20 @@ def test_extensions_agree_with_sampling_and_the_path_has_the_right_ends(
     assert zero == sorted(zero)
 
 
-def test_bridge_reads_a_run_of_real_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bridge_shows_the_arms_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bridge, "PRETRAIN_STEPS", 2)
     monkeypatch.setattr(bridge, "TUNE_STEPS", 1)
     monkeypatch.setattr(bridge, "NUM_SEEDS", 2)
-    shared = {"model": "m", "shots": 4, "icl": 0.5, "icl_ci95": (0.4, 0.6), "icl_gain": 0.3}
-    shared |= {"num_items": 40, "target_ci95": (0.0, 1.0)}
-    before = SummaryRow(
-        arm="before", retention=1.0, retention_ci95=(1.0, 1.0), target=0.2, **shared
-    )
-    plain = SummaryRow(arm="plain", retention=0.3, retention_ci95=(0.2, 0.4), target=0.9, **shared)
-    document = ResultDocument(models=[], scores=[], summary=[before, plain], cost=Cost())
-    (tmp_path / "results.json").write_text(document.to_json(), encoding="utf-8")
-    record = run("bridge", study=tmp_path, num_prompts=1000, num_numbers=200_000)
-    real = [p for p in record.points if p.panel == "real models"]
-    assert [(p.series, p.x) for p in real] == [("plain", pytest.approx(0.875))]
-    assert real[0].measured == pytest.approx(0.7)
+    arms = [
+        RealArm(group="m for t", name="plain", gained=0.9, lost=0.7, se=0.05),
+        RealArm(group="m for t", name="kept", gained=0.8, lost=0.1, se=0.05),
+    ]
+    spec = {**SMALL, "claims": ("bridge",), "num_prompts": 1000, "num_numbers": 200_000}
+    record = run_claims(TheorySpec.model_validate(spec), Silent(), arms).claims[0]
+    assert [panel.name for panel in record.panels][2:] == ["m for t"]
+    real = [p for p in record.points if p.panel == "m for t"]
+    assert [(p.series, p.x, p.measured) for p in real] == [("plain", 0.9, 0.7), ("kept", 0.8, 0.1)]
+    assert "plain loses most, 70 % for a gain of 90 %" in record.sentences[-1]
     linear = {p.series: p for p in record.points if p.panel == "linear attention"}
     assert linear["full"].x == pytest.approx(1.0, abs=1e-6)
     assert linear["full"].predicted > 1.0 > 0.1 > linear["value_only"].predicted
@@ -230,8 +228,3 @@ def test_half_way_between_two_transformers() -> None:
     for a, b, middle in zip(*(m.parameters() for m in (first, last, half)), strict=True):
         torch.testing.assert_close(middle, (a + b) / 2)
     assert transformer.blended(first, last, 0.0) is not first
-
-
-def test_bridge_refuses_what_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no results\.json"):
-        run("bridge", study=tmp_path / "absent")

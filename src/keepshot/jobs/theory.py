@@ -12,9 +12,14 @@ from keepshot import records
 from keepshot.errors import ConfigError
 from keepshot.jobs.workspace import environment, free_name
 from keepshot.progress import Progress
+from keepshot.records import ResultDocument
 from keepshot.report.theory import write_theory_report
-from keepshot.theory.document import RECORD, TheoryDocument, TheorySpec
+from keepshot.study.document import StudyDocument
+from keepshot.study.tables import grouped, name_of
+from keepshot.theory.document import RECORD, RealArm, TheoryDocument, TheorySpec
 from keepshot.theory.experiments import run_claims
+
+STUDY_RECORD = "study.json"
 
 
 def theory(
@@ -41,7 +46,7 @@ def theory(
     except (RuntimeError, TypeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--device {spec.device!r}: {reason}; give one that is there") from None
-    document = run_claims(spec, progress)
+    document = run_claims(spec, progress, real_arms(spec.study) if spec.study else ())
     with records.building_directory(place, overwrite=overwrite) as folder:
         text = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         records.write_text(text, folder / "spec.yaml")
@@ -49,3 +54,59 @@ def theory(
         write_theory_report(document, folder)
         records.write_text(document.to_json(), folder / RECORD)
     return document, place
+
+
+def real_arms(folder: Path) -> list[RealArm]:
+    """Read what each arm of a finished run or study gained on its target and lost elsewhere.
+
+    Raises:
+        ConfigError: if there is none with both figures.
+    """
+    found = _study_arms(folder) if (folder / STUDY_RECORD).is_file() else _run_arms(folder)
+    if not found:
+        raise ConfigError(
+            f"study {str(folder)!r}: no arm with a target score and a retention; give a directory "
+            "that `keepshot run` or `keepshot study` wrote"
+        )
+    return found
+
+
+def _run_arms(folder: Path) -> list[RealArm]:
+    document = ResultDocument.read(folder)
+    shots = max((row.shots for row in document.summary), default=0)
+    listed = [row for row in document.summary if row.shots == shots]
+    return [
+        arm
+        for row in listed[1:]
+        if (arm := _arm("real models", row.arm, listed[0].target, row.target,
+                        (row.retention, row.retention_ci95)))
+    ]  # fmt: skip
+
+
+def _study_arms(folder: Path) -> list[RealArm]:
+    document = StudyDocument.model_validate_json((folder / STUDY_RECORD).read_text("utf-8"))
+    found: list[RealArm] = []
+    for title, arms in grouped(document.arms):
+        untuned = next((arm for arm in arms if arm.recipe is None), None)
+        for arm in arms:
+            made = untuned and arm is not untuned and _arm(
+                title, name_of(arm), untuned.target_score, arm.target_score,
+                (arm.retention, arm.retention_ci95),
+            )  # fmt: skip
+            if made:
+                found.append(made)
+    return found
+
+
+def _arm(
+    group: str, name: str, before: float | None, after: float | None,
+    kept: tuple[float | None, tuple[float, float] | None],
+) -> RealArm | None:  # fmt: skip
+    retention, interval = kept
+    if before is None or after is None or retention is None or before >= 1.0:
+        return None
+    low, high = interval or (retention, retention)
+    return RealArm(
+        group=group, name=name, gained=(after - before) / (1.0 - before), lost=1.0 - retention,
+        se=(high - low) / 3.92,
+    )  # fmt: skip

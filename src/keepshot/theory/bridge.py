@@ -10,11 +10,10 @@ models, where `lost` is 1 - retention). The untuned model is at 0 and 0; right a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
-from keepshot.errors import ConfigError
-from keepshot.records import ResultDocument
 from keepshot.theory import optima, transformer
 from keepshot.theory.document import ClaimRecord, Panel, Point, TheoryRow
 from keepshot.theory.extensions import blended, flow_with_kl
@@ -32,12 +31,16 @@ LAM = 0.5
 NUM_SEEDS = 3
 """Transformers pretrained, each tuned in every way; bars are over these."""
 GAINED, LOST = "share of zero-shot error removed", "share of few-shot ability lost"
-LINEAR, SOFTMAX, REAL = "linear attention", "softmax transformer", "real models"
+LINEAR, SOFTMAX = "linear attention", "softmax transformer"
 
 
 def bridge(lab: Lab) -> ClaimRecord:
     """Set linear attention beside a softmax transformer trained here, and real models if given."""
-    real = _real(lab)  # first: it shows the user's faults
+    real = [
+        Point(panel=arm.group, series=arm.name, x=arm.gained, predicted=None, measured=arm.lost,
+              se=arm.se)
+        for arm in lab.real
+    ]  # fmt: skip
     small = lab.changed(d=min(lab.d, DIMENSION), spectrum=None, covariance=None)
     rows, linear = _linear(small)
     softmax = _transformer(small)
@@ -52,12 +55,12 @@ def bridge(lab: Lab) -> ClaimRecord:
         "Of the target's zero-shot error and of few-shot ability on unseen tasks, "
         + "; ".join(words) + ".",
         _verdict(shown[1]["full"], shown[1]["value_only"]),
-        "Real models: " + (f"{len(real)} arms of the study given." if real else
-                           "none here; give a finished run with --set study=DIR."),
+        "Real models: " + (_real_words(real) if real else
+                           "none here; give a finished run or study with --set study=DIR."),
     ]  # fmt: skip
     panels = [Panel(name=name, x_title=GAINED, y_title=LOST) for name in (LINEAR, SOFTMAX)]
-    if real:
-        panels.append(Panel(name=REAL, x_title=GAINED, y_title=LOST))
+    groups = dict.fromkeys(point.panel for point in real)
+    panels += [Panel(name=group, x_title=GAINED, y_title=LOST) for group in groups]
     return ClaimRecord(
         claim="bridge", sentences=sentences, rows=rows, panels=panels,
         points=[*linear, *softmax, *real],
@@ -83,6 +86,16 @@ def _verdict(full: Point, value_only: Point) -> str:
     return (
         "The theory's ranking is not shown in the transformer, where the value matrices alone gain "
         f"as much as all parameters: value-only loses {words}."
+    )
+
+
+def _real_words(points: Sequence[Point]) -> str:
+    most, least = (
+        chosen(points, key=lambda point: float(point.measured or 0.0)) for chosen in (max, min)
+    )
+    return (
+        f"{len(points)} arms; {most.series} loses most, {_share(most)} for a gain of "
+        f"{100 * most.x:.0f} %, {least.series} least, {_share(least)} for {100 * least.x:.0f} %."
     )
 
 
@@ -166,32 +179,3 @@ def _errors(model: transformer.Regressor, lab: Lab) -> tuple[float, float]:
         transformer.error(model, lab.world, lab.theta, 0, lab.generator(22), size)[0],
         transformer.error(model, lab.world, lab.spec.norm, FEW, lab.generator(23), size)[0],
     )
-
-
-def _real(lab: Lab) -> list[Point]:
-    """Read the arms of a finished run: target gained, and 1 - retention with its interval.
-
-    Raises:
-        ConfigError: if the directory holds none, or no arm with both figures.
-    """
-    if lab.spec.study is None:
-        return []
-    document = ResultDocument.read(lab.spec.study)
-    shots = max((row.shots for row in document.summary), default=0)
-    listed = [row for row in document.summary if row.shots == shots]
-    points: list[Point] = []
-    for row in listed[1:]:
-        base = listed[0].target
-        if row.target is None or base is None or row.retention is None or base >= 1.0:
-            continue
-        low, high = row.retention_ci95 or (row.retention, row.retention)
-        points.append(
-            Point(panel=REAL, series=row.arm, x=(row.target - base) / (1.0 - base), predicted=None,
-                  measured=1.0 - row.retention, se=(high - low) / 3.92)
-        )  # fmt: skip
-    if not points:
-        raise ConfigError(
-            f"study {str(lab.spec.study)!r}: no arm with a target score and a retention; give a "
-            "directory that `keepshot run` wrote"
-        )
-    return points

@@ -51,7 +51,7 @@ class TheorySpec(Spec):
     num_numbers: int = Field(default=4_000_000, ge=10_000)
     """Random numbers per Monte Carlo estimate, at most: long prompts are fewer."""
     study: Path | None = None
-    """Run directory of tuned real models, for the claim `bridge`."""
+    """Directory of a finished run or study of tuned real models, for the claim `bridge`."""
     seed: int = Field(default=0, ge=0)
     """Seed of every draw."""
     device: str = "cpu"
@@ -142,6 +142,17 @@ class Point(_Record):
     predicted: float | None
     measured: float | None = None
     se: float | None = None
+
+
+class RealArm(_Record):
+    """What one way of tuning gained and lost in a real model; see the claim `bridge`."""
+
+    group: str
+    """The model and what it was tuned for."""
+    name: str
+    gained: float
+    lost: float
+    se: float
 
 
 class Panel(_Record):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -23,6 +24,7 @@ from keepshot.theory.document import (
     ClaimRecord,
     Panel,
     Point,
+    RealArm,
     TheoryDocument,
     TheoryRow,
     TheorySpec,
@@ -36,13 +38,20 @@ BOTH = {"target": TARGET, "unseen": UNSEEN}
 SHOTS_AXIS = "demonstrations n"
 
 
-def run_claims(spec: TheorySpec, progress: Progress) -> TheoryDocument:
+def run_claims(
+    spec: TheorySpec, progress: Progress, real: Sequence[RealArm] = ()
+) -> TheoryDocument:
     """Check every claim that the spec names.
+
+    Args:
+        spec: claims and world.
+        progress: told of every claim.
+        real: arms of real models, for the claim `bridge`.
 
     Raises:
         ConfigError: if the covariance or the step size cannot be used.
     """
-    lab = Lab.of(spec)
+    lab = replace(Lab.of(spec), real=tuple(real))
     done: list[ClaimRecord] = []
     for claim in dict.fromkeys(spec.claims):
         progress.stage(f"claim: {claim}")

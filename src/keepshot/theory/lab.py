@@ -12,7 +12,7 @@ from torch import Tensor
 
 from keepshot.theory import exact, optima
 from keepshot.theory.descent import descend_values, flow, head_of, state_of
-from keepshot.theory.document import Claim, Point, TheoryRow, TheorySpec
+from keepshot.theory.document import Claim, Point, RealArm, TheoryRow, TheorySpec
 from keepshot.theory.linear_attention import Attention, World, make_world, pretrained
 from keepshot.theory.simulate import RandomTasks, sampled_errors, stack
 
@@ -39,6 +39,8 @@ class Lab:
 
     spec: TheorySpec
     world: World
+    real: tuple[RealArm, ...] = ()
+    """Arms of real models, to be shown beside what is computed here."""
 
     @classmethod
     def of(cls, spec: TheorySpec, *, constant: float = 1.0) -> Lab:
