@@ -59,12 +59,12 @@ def rows(kind: str, count: int) -> list[tuple[str, str]]:
     generator = random.Random(0)
     generator.shuffle(asked)
     if kind == "short":
-        return [(f"Q: {text}\nA:", f" {intent}\n") for intent, text in asked[:count]]
+        return [(f"Q: {text}\nA:", f" {intent}") for intent, text in asked[:count]]
     made: list[tuple[str, str]] = []
     for intent, text in asked[:count]:
         steps = generator.randint(5, 12)
         said = " ".join(f"Step {n}: look at the {intent} page again." for n in range(1, steps))
-        made.append((f"Q: {text}\nA:", f" {said}\n"))
+        made.append((f"Q: {text}\nA:", f" {said}"))
     return made
 
 
@@ -104,8 +104,7 @@ def run_trl(asked: argparse.Namespace, model: Any, clock: Clock) -> None:
             clock.update()
 
     pairs = rows(asked.data, asked.rows)
-    # TRL ends a completion with a token of its own, where ours ends with the newline.
-    data = Dataset.from_list([{"prompt": p, "completion": c.rstrip()} for p, c in pairs])
+    data = Dataset.from_list([{"prompt": p, "completion": c} for p, c in pairs])
     fields = SFTConfig.__dataclass_fields__
     names = ("activation_checkpointing", "gradient_checkpointing")
     off = {name: False for name in names if name in fields}
