@@ -32,7 +32,7 @@ from keepshot.tuning.data import encode_rows
 from keepshot.tuning.keep import KL, Mix
 from keepshot.tuning.method_specs import BiasOnly, Full, LoRA, ProMoT, PromptTuning
 from keepshot.tuning.methods import export, prepare
-from keepshot.tuning.recipe import Recipe, auto
+from keepshot.tuning.recipe import AUTO_TERM, Recipe, auto
 from keepshot.tuning.stages import Work, attach_prompts, run_stages, under_prompt
 from keepshot.tuning.tokenised import Extra
 from keepshot.tuning.train import train
@@ -199,7 +199,7 @@ def test_terms_that_reach_nothing_are_refused():
                 source="r.yaml",
             )
     assert auto("x", model="m", method="prompt-tuning").keep == ()
-    assert auto("x", model="m", method="promot").keep == (KL(),)
+    assert auto("x", model="m", method="promot").keep == (AUTO_TERM,)
 
 
 def test_the_prompt_takes_room_from_the_context(fresh_pico: Build):
