@@ -72,8 +72,7 @@ def _load(manager: Any, name: str) -> dict[str, Any]:
         return manager.load([spec])["tasks"]
     # Data sets fail to come in as many ways as there are loaders: all of them are told alike.
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise TaskError(f"{PREFIX}{name} cannot be read: {reason}") from error
+        raise TaskError(f"{PREFIX}{name} cannot be read: {_first_line(error)}") from error
 
 
 def _convert(name: str, found: Any, shots: int, validation_share: float) -> Task:
@@ -162,9 +161,7 @@ class HarnessExaminer:
             choices = tuple(
                 map(str, found.doc_to_choice(doc, *([cfg.doc_to_choice] if cfg else [])))
             )
-            if (
-                found.multiple_input
-            ):  # the choices are texts to begin with, the gold is their number
+            if found.multiple_input:  # choices are texts to begin with; the gold is their number
                 question, gold = " | ".join(choices), question
             gold = gold[0] if isinstance(gold, list) and gold else gold
             if isinstance(gold, str) and gold in choices:
@@ -201,10 +198,9 @@ class HarnessExaminer:
             requests = found.construct_requests(doc, context)
         # A task's templates and functions fail in as many ways as their authors had.
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise TaskError(
                 f"{PREFIX}{self._name}: lm-eval cannot word question {example.input[:60]!r} with "
-                f"{len(demonstrations)} demonstrations: {reason}"
+                f"{len(demonstrations)} demonstrations: {_first_line(error)}"
             ) from error
         return requests if isinstance(requests, list) else [requests]
 
@@ -262,6 +258,10 @@ def _shown_and_asked(found: Any) -> tuple[str | None, str | None]:
     if cfg.split is None and cfg.samples is not None:
         return None, asked
     return cfg.split or config.training_split or config.validation_split or asked, asked
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _version(metadata: Any) -> int:

@@ -32,7 +32,7 @@ from keepshot.progress import Silent
 from keepshot.records import Cost, ItemResult
 from keepshot.scoring.evaluate import Plan
 from keepshot.study.directory import StudyDirectory
-from keepshot.study.document import StudyDocument
+from keepshot.study.document import RECORD, StudyDocument
 from keepshot.study.frame import Frame, arms, item_frame, score_frame, write_frames
 from keepshot.study.grid import (
     Grid,
@@ -54,7 +54,6 @@ from keepshot.tuning.mixture import Branch
 from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.train import Extra, train
 
-RECORD = "study.json"
 TIMES_AGAIN = 20
 """How often a worker of Ray that died is replaced."""
 

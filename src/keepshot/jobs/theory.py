@@ -14,12 +14,11 @@ from keepshot.jobs.workspace import environment, free_name
 from keepshot.progress import Progress
 from keepshot.records import ResultDocument
 from keepshot.report.theory import write_theory_report
+from keepshot.study.document import RECORD as STUDY_RECORD
 from keepshot.study.document import StudyDocument
 from keepshot.study.tables import grouped, name_of
 from keepshot.theory.document import RECORD, RealArm, TheoryDocument, TheorySpec
 from keepshot.theory.experiments import run_claims
-
-STUDY_RECORD = "study.json"
 
 
 def theory(

@@ -8,6 +8,9 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from keepshot import __version__
 
+RECORD = "study.json"
+"""Where a study's directory holds its document."""
+
 
 class StudyArm(BaseModel):
     """One way of tuning (or a base, or a lambda), over all seeds, on one ask and split."""
