@@ -12,7 +12,7 @@ from keepshot import records
 from keepshot.assets import AssetStore
 from keepshot.errors import ConfigError
 from keepshot.jobs.loading import load_as
-from keepshot.jobs.specs import Following, JudgeSpec
+from keepshot.jobs.specs import JudgeSpec
 from keepshot.judging.answers import answer_prompts, style_of
 from keepshot.judging.follow import Examiner, instruction_scores, load_set
 from keepshot.judging.judges import LikelihoodJudge
@@ -33,6 +33,7 @@ from keepshot.judging.pairwise import (
     sanity_comparisons,
     win_rate,
 )
+from keepshot.judging.policy import Following
 from keepshot.judging.server import Server, ServerJudge
 from keepshot.models.loading import LanguageModel
 from keepshot.progress import Progress
