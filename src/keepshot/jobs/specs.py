@@ -86,8 +86,9 @@ class JudgeSpec(Where):
     """A model to put verifiable instructions to, instead of a comparison."""
     limit: int | None = Field(default=None, ge=1)
     """Prompts at most."""
-    sanity: bool = False
-    """Test each judge: answers against themselves, and against their shuffled words."""
+    sanity: bool = True
+    """Test each judge that can be asked, on at most 16 of the reference's answers: against
+    themselves, and against their shuffled words."""
     variant: Literal["official", "repaired"] | None = None
     """How verifiable instructions are judged; see `Following`."""
     answers: Policy = Policy()
