@@ -44,11 +44,11 @@ MODEL = "smollm2-135m-instruct"
 CLOCK = time.perf_counter
 BATCH = 16
 ANSWERS = Path(__file__).parent.parent / "tests" / "golden" / "generations.jsonl"
-VERDICTS = (8, 50, 100)
-"""Most tokens of a written verdict: of `ServerJudge`; and as alpaca-eval 0.6.6 configures its
-annotators, 50 where the judge names an output (those of local Hugging Face models, such as
-`oasst_pythia_12b`) and 100 where it ranks both (`alpaca_eval_gpt4`, `alpaca_eval_llama3_70b_fn`).
-"""
+VERDICTS = (8, 50, 100, 300)
+"""Most tokens of a written verdict: 8 as `ServerJudge` asks for; else as alpaca-eval 0.6.6 sets up
+its annotators: 50 where the judge names an output (those of local Hugging Face models, such as
+`oasst_pythia_12b`), 100 where it ranks both (`alpaca_eval_gpt4`, `alpaca_eval_llama3_70b_fn`), 300
+where it explains itself first (`alpaca_eval_cot_gpt4_turbo_fn`)."""
 
 
 def generate_padded(model: LanguageModel, texts: list[str], max_new_tokens: int) -> list[str]:
@@ -188,11 +188,13 @@ def show(seconds: dict[str, list[float]], number: int) -> None:
 
 
 def check_sanity(model: LanguageModel, number: int) -> None:
-    prompts = [p.prompt for p in embedded_set().part("test", number).prompts]
-    answers = answer_prompts(model, prompts, Policy())
-    outputs = Outputs(model.reference, {a.prompt: a.text for a in answers})
+    """Real answers against themselves, their shuffled words, and the answer to the next prompt."""
+    # Half as many again, because answers of a few words cannot be shuffled.
+    real = answered(number + number // 2)
+    outputs = Outputs(MODEL, {c.instruction: c.candidate for c in real})
+    known = {**sanity_comparisons(outputs, most=number), "another prompt's": real[:number]}
     judge = LikelihoodJudge(model)
-    for name, comparisons in sanity_comparisons(outputs).items():
+    for name, comparisons in known.items():
         rate = win_rate(compare(judge, comparisons), (name, "itself"), (judge.identity, ""))
         low, high = rate.win_rate_ci95
         print(

@@ -54,6 +54,10 @@ def test_measure_follows_instructions_too(
     rows = read_instructions(workplace / "out" / "instructions.parquet")
     assert [row.prompt for row in rows[:4]] == [row.prompt for row in rows[4:]]
     assert [row.answer for row in rows[:4]] != [row.answer for row in rows[4:]]
+    page = (workplace / "out" / "report.html").read_text("utf-8")
+    table = page.partition('<table id="instructions">')[2].partition("</table>")[0]
+    assert table.count("<tr>") == 3
+    assert "embedded, all, repaired, raw" in table
 
 
 def test_a_path_has_a_point_for_every_lambda(workplace: Path) -> None:

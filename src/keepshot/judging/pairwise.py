@@ -201,14 +201,14 @@ def agreement(
     )
 
 
-def sanity_comparisons(outputs: Outputs) -> dict[str, list[Comparison]]:
+def sanity_comparisons(outputs: Outputs, most: int = MOST_TESTED) -> dict[str, list[Comparison]]:
     """Return comparisons whose outcome is known.
 
     `itself`: each answer against itself, 50 %. `shuffled`: against its own words in another order,
-    near 100 % with any judge that reads. The first `MOST_TESTED` answers of eight words or more.
+    near 100 % with any judge that reads. The first `most` answers of eight words or more.
     """
     long = ((i, a) for i, a in outputs.answers.items() if len(a.split()) >= 8)
-    answers = dict(itertools.islice(long, MOST_TESTED))
+    answers = dict(itertools.islice(long, most))
     shuffled: list[Comparison] = []
     for instruction, answer in answers.items():
         words = answer.split()
