@@ -14,7 +14,8 @@ from keepshot.jobs.recipes import study_spec
 from keepshot.jobs.study import grid_of
 from keepshot.jobs.target import load_target
 from keepshot.models.loading import LanguageModel, save
-from keepshot.study.grid import StudySpec, check_size
+from keepshot.study.grid import check_size
+from keepshot.study.spec import StudySpec
 from keepshot.tasks.catalog import SUITES, TUNABLE
 from keepshot.tuning.keep import TERMS
 from keepshot.tuning.method_specs import METHODS

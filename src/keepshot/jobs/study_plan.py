@@ -15,7 +15,8 @@ from statistics import fmean
 
 from keepshot.assets import AssetStore
 from keepshot.errors import UserError
-from keepshot.jobs.study import Worker, grid_of, opened, tokens_read
+from keepshot.jobs.study import grid_of, opened
+from keepshot.jobs.study_worker import Worker, tokens_read
 from keepshot.models.loading import DTYPES, LanguageModel, outline
 from keepshot.report.words import duration
 from keepshot.scoring.engine import Engine
@@ -23,8 +24,9 @@ from keepshot.scoring.evaluate import Plan, ask, measure
 from keepshot.scoring.prefix import build_trie
 from keepshot.scoring.request import tokens_to_read
 from keepshot.study.directory import StudyDirectory, UnitRecord
-from keepshot.study.grid import MOST_UNITS, StudySpec, Unit
+from keepshot.study.grid import MOST_UNITS, Unit
 from keepshot.study.runner import Watch
+from keepshot.study.spec import StudySpec
 from keepshot.tuning.keep import KL, FewShot
 from keepshot.tuning.method_specs import LoRA, ProMoT, PromptTuning
 from keepshot.tuning.mixture import branch

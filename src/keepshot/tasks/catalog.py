@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from keepshot.errors import TaskError, unknown
 from keepshot.prompts import Example
-from keepshot.tasks import lexical, procedural, sentences, surface
+from keepshot.tasks import composed, lexical, procedural, sentences, surface
 from keepshot.tasks.lexical import AssetSource
 from keepshot.tasks.pairs import cuts
 from keepshot.tasks.source import SUFFIXES, read_examples_file
@@ -89,6 +89,13 @@ def _instructions(description: str, maker: procedural.Maker) -> TaskEntry:
     return TaskEntry(
         "exact", "instructions", "instructions", description, "instructions made by code",
         "Apache-2.0", _made(maker), role="target",
+    )  # fmt: skip
+
+
+def _composition(rule: composed.Rule) -> TaskEntry:
+    kind: Kind = "exact" if rule.choices is None else "choice"
+    return _code(
+        kind, f"composed {rule.family}", "composition", rule.instruction, rule.questions
     )  # fmt: skip
 
 
@@ -213,6 +220,11 @@ CATALOG: dict[str, TaskEntry] = {
     "instructions-homogeneous": _instructions(
         "words to sort -> sorted (the same number, one kind)", cuts.homogeneous
     ),
+    "compositions": TaskEntry(
+        "exact", "compositions", "composition", "composed instructions, none of those measured",
+        "made by code", "Apache-2.0", _made(composed.training_questions), role="target",
+    ),
+    **{rule.name: _composition(rule) for rule in composed.measured_rules()},
     "upper-case": _anchor("letter case", "a word -> in capitals", surface.upper_case),
     "repeat-words": _anchor("repetition", "two words -> the same twice", surface.repeat_words),
     "title-case": _anchor("letter case", "two words -> each with a capital", surface.title_case),
@@ -234,6 +246,7 @@ SUITES: dict[str, tuple[str, ...]] = {
         "number-spelling", "pick-animal", "pick-colour", "extract-phone",
         "extract-day",
     ),
+    "composed": tuple(rule.name for rule in composed.measured_rules()),
     "anchors": tuple(name for name, entry in CATALOG.items() if entry.role == "anchor"),
 }  # fmt: skip
 TUNABLE: tuple[str, ...] = (
