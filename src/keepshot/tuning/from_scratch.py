@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 SHARES: dict[Family, float] = {"words": 0.65, "numbers": 0.2, "labels": 0.15}
 """How often a list is of a family's tasks: labels are learned soonest."""
 WARMUP_STEPS = 100
+"""At most, and a fifth of the steps."""
 SHOW_EVERY = 10
 
 
@@ -41,7 +42,7 @@ def train_from_scratch(asked: FromScratch, progress: Progress) -> tuple[Language
         asked: structure, length and seed.
         progress: told of the steps.
     """
-    model = blank_model(asked.architecture, asked.width, asked.depth, vocabulary(), asked.seed)
+    model = untrained(asked)
     generator = np.random.default_rng([asked.seed, 1])
     module: Any = model.module
     head = module.get_output_embeddings()
@@ -66,6 +67,11 @@ def train_from_scratch(asked: FromScratch, progress: Progress) -> tuple[Language
             progress.update(step, asked.steps, f"loss {loss.item():.3f}")
     module.eval()
     return model, tokens
+
+
+def untrained(asked: FromScratch) -> LanguageModel:
+    """Return the model as it is before the first step."""
+    return blank_model(asked.architecture, asked.width, asked.depth, vocabulary(), asked.seed)
 
 
 def lists_of_examples(
@@ -117,7 +123,7 @@ def _answers(ids: Sequence[int], answer: int, question: int) -> list[int]:
 
 def _rate_at(step: int, steps: int) -> float:
     """Rise over the first steps, then a cosine down to 0."""
-    warmup = min(WARMUP_STEPS, steps)
+    warmup = max(1, min(WARMUP_STEPS, steps // 5))
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
