@@ -42,6 +42,8 @@ ADAPTING = ("lora", "dora", "rslora", "prompt-tuning")
 """Methods that leave the model's own weights as they are."""
 DEGRADING_LOADS = 4.0
 """How much longer than loading a model it takes to load, harm, write and digest it."""
+SHORT_RUNS = 3
+"""Of the search for a learning rate, as a rule."""
 PROCESS_BYTES = 700_000_000
 """Of Python with torch, transformers and one forward pass, besides weights; measured on Linux."""
 
@@ -239,10 +241,11 @@ class _Estimator:
             if key not in self._tokens:
                 self._tokens[key] = _shared_tokens(light, self.worker.plan(unit))
             return self._tokens[key]
-        # Rate, seed and most methods change nothing of what is read.
+        # Rate, seed and most methods change nothing of what is read, but what `auto` searches.
         recipe = self.worker.spec.recipes[str(subject.recipe)]
         method = recipe.method if prompt_tokens(recipe.method) else Full()
-        read = recipe.model_copy(update={"learning_rate": None, "seed": 0, "method": method})
+        rate = recipe.learning_rate if recipe.auto else None
+        read = recipe.model_copy(update={"learning_rate": rate, "seed": 0, "method": method})
         key = (self._like(unit), subject.target, read.fingerprint())
         if key not in self._tokens:
             self._tokens[key] = self._tokens_of_tuning(unit, light)
@@ -268,6 +271,8 @@ class _Estimator:
         steps = resolved.steps or 1
         if isinstance(method, ProMoT) and method.prompt == "trained":
             steps += method.prompt_steps
+        if recipe.auto and recipe.learning_rate is None:
+            steps += SHORT_RUNS * recipe.auto.trial_steps
         return tokens_read([*data.mixture.tree, *beside], steps)
 
     def _count_memory(self, unit: Unit, light: LanguageModel) -> None:

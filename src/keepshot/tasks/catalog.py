@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from keepshot.errors import TaskError, unknown
 from keepshot.prompts import Example
-from keepshot.tasks import composed, lexical, procedural, sentences, surface
+from keepshot.tasks import composed, lexical, procedural, sentences, surface, targets
 from keepshot.tasks.lexical import AssetSource
 from keepshot.tasks.pairs import cuts
 from keepshot.tasks.source import SUFFIXES, read_examples_file
@@ -86,10 +86,15 @@ def _anchor(rule: str, description: str, maker: procedural.Maker) -> TaskEntry:
 
 
 def _instructions(description: str, maker: procedural.Maker) -> TaskEntry:
+    return _target("exact", "instructions", "instructions", description, maker)
+
+
+def _target(
+    kind: Kind, domain: str, rule: str, description: str, maker: procedural.Maker
+) -> TaskEntry:
     return TaskEntry(
-        "exact", "instructions", "instructions", description, "instructions made by code",
-        "Apache-2.0", _made(maker), role="target",
-    )  # fmt: skip
+        kind, domain, rule, description, "made by code", "Apache-2.0", _made(maker), role="target"
+    )
 
 
 def _composition(rule: composed.Rule) -> TaskEntry:
@@ -220,9 +225,17 @@ CATALOG: dict[str, TaskEntry] = {
     "instructions-homogeneous": _instructions(
         "words to sort -> sorted (the same number, one kind)", cuts.homogeneous
     ),
-    "compositions": TaskEntry(
+    "request-letters": _target(
+        "choice", "customer messages", "classification",
+        "a letter of five sentences -> what is asked for (5)", targets.request_letters,
+    ),
+    "worked-sums": _target(
+        "exact", "word problems", "reasoning", "a story with numbers -> the working and the result",
+        targets.worked_sums,
+    ),
+    "compositions": _target(
         "exact", "compositions", "composition", "composed instructions, none of those measured",
-        "made by code", "Apache-2.0", _made(composed.training_questions), role="target",
+        composed.training_questions,
     ),
     **{rule.name: _composition(rule) for rule in composed.measured_rules()},
     "upper-case": _anchor("letter case", "a word -> in capitals", surface.upper_case),
