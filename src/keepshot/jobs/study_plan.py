@@ -28,7 +28,7 @@ from keepshot.scoring.evaluate import Plan, ask, measure
 from keepshot.scoring.prefix import build_trie
 from keepshot.scoring.request import tokens_to_read
 from keepshot.study.directory import StudyDirectory, UnitRecord
-from keepshot.study.grid import MOST_UNITS, Unit
+from keepshot.study.grid import MOST_UNITS, Unit, tasks_of
 from keepshot.study.runner import Watch
 from keepshot.study.spec import StudiedModel, StudySpec
 from keepshot.tuning.from_scratch import lists_of_examples, train_from_scratch, untrained
@@ -210,6 +210,9 @@ class _Estimator:
     def _like(self, unit: Unit) -> str:
         return self.worker.spec.model(unit.subject.model).like
 
+    def _reads(self, unit: Unit) -> str:
+        return self.worker.spec.model(unit.subject.model).reads
+
     def _outline(self, unit: Unit) -> LanguageModel | str:
         """Return a model of that structure without its weights, or why there is none."""
         label = self._like(unit)
@@ -237,7 +240,8 @@ class _Estimator:
             made = self.worker.spec.model(subject.model).from_scratch
             return 0 if made is None else made.steps * self._tokens_a_step(made, light)
         if unit.kind == "measure":
-            key: object = (self._like(unit), subject.target, unit.ask, unit.split)
+            tasks = tuple(tasks_of(self.worker.spec, unit))
+            key: object = (self._reads(unit), tasks, unit.ask, unit.split)
             if key not in self._tokens:
                 self._tokens[key] = _shared_tokens(light, self.worker.plan(unit))
             return self._tokens[key]
@@ -246,7 +250,7 @@ class _Estimator:
         method = recipe.method if prompt_tokens(recipe.method) else Full()
         rate = recipe.learning_rate if recipe.auto else None
         read = recipe.model_copy(update={"learning_rate": rate, "seed": 0, "method": method})
-        key = (self._like(unit), subject.target, read.fingerprint())
+        key = (self._reads(unit), subject.target, read.fingerprint())
         if key not in self._tokens:
             self._tokens[key] = self._tokens_of_tuning(unit, light)
         return self._tokens[key]

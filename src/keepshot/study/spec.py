@@ -79,6 +79,11 @@ class StudiedModel(Spec):
         return f"{self.reference}, degraded" if self.degrade else self.label
 
     @property
+    def reads(self) -> str:
+        """What models that split texts alike have in common."""
+        return self.reference or "words"
+
+    @property
     def making(self) -> list[Any] | None:
         """What identifies how it is made; None for a model that is there."""
         made = self.degrade or self.from_scratch
