@@ -69,6 +69,7 @@ def test_shipped_studies_expand_within_the_limit(name: str, store: AssetStore) -
         "convergence-small.yaml": (140, 53 + 140),
         "keep.yaml": (61, 124),
         "keep-auto.yaml": (32, 6 + 96),
+        "promot.yaml": (16, 2 + 32),
         "partial_adaptation.yaml": (108, 8 + 432 + 432),
     }
     assert (kinds.count("tune"), kinds.count("measure")) == wanted[name]
