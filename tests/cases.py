@@ -5,6 +5,7 @@ Whoever adds a method, a keep term, a task or a family adds it here, and so to e
 
 from __future__ import annotations
 
+from keepshot.tasks.catalog import SUITES
 from keepshot.tuning.keep import EWC, KL, L2SP, FewShot, Mix, SelfDistil, TokenMask
 from keepshot.tuning.method_specs import (
     AttentionOnly,
@@ -48,6 +49,7 @@ TASKS = [
     "reference-format", "second-item", "last-item", "look-up", "pick-animal", "pick-colour",
     "word-group", "number-name", "number-spelling", "extract-phone", "extract-town",
     "extract-day", "sentence-topic", "sentence-feeling", "short-facts", "opposite", "support",
-    "instructions", "instructions-homogeneous",
+    "instructions", "instructions-homogeneous", "request-letters", "worked-sums", "compositions",
+    *SUITES["composed"],
     "upper-case", "repeat-words", "title-case", "drop-vowels", "spell-out", "link-words",
 ]  # fmt: skip

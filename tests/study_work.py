@@ -15,8 +15,9 @@ from pathlib import Path
 from keepshot.progress import Silent
 from keepshot.records import ItemResult
 from keepshot.study.directory import StudyDirectory
-from keepshot.study.grid import Grid, StudySpec, Unit, expand
+from keepshot.study.grid import Grid, Unit, expand
 from keepshot.study.runner import Outcome, Tally, work
+from keepshot.study.spec import StudySpec
 
 SECONDS = 0.02
 

@@ -14,7 +14,8 @@ from keepshot.jobs.recipes import study_spec
 from keepshot.jobs.study import grid_of
 from keepshot.jobs.target import load_target
 from keepshot.models.loading import LanguageModel, save
-from keepshot.study.grid import StudySpec, check_size
+from keepshot.study.grid import check_size, expand, tasks_of
+from keepshot.study.spec import StudySpec
 from keepshot.tasks.catalog import SUITES, TUNABLE
 from keepshot.tuning.keep import TERMS
 from keepshot.tuning.method_specs import METHODS
@@ -50,8 +51,8 @@ def test_partial_adaptation_chooses_on_other_items_than_it_reports() -> None:
 def test_targets_are_not_among_what_stands_for_few_shot_ability(name: str) -> None:
     spec = shipped(name)
     asked = {task for ask in spec.asks.values() for task in ask.tasks} - {"target", "core"}
-    assert asked <= set(SUITES["full"])
-    assert not set(spec.targets) & asked
+    assert asked <= {*SUITES["full"], "composed"}
+    assert not set(spec.targets) & {*asked, *SUITES["composed"]}
     assert set(spec.targets) <= set(TUNABLE)
 
 
@@ -59,16 +60,44 @@ def test_targets_are_not_among_what_stands_for_few_shot_ability(name: str) -> No
 def test_shipped_studies_expand_within_the_limit(name: str, store: AssetStore) -> None:
     grid = grid_of(shipped(name), store)
     check_size(grid, meant=False)
+    made = [unit for unit in grid.units.values() if unit.kind == "make"]
+    assert len(made) == (51 if name == "convergence-small.yaml" else 0)
     kinds = [unit.kind for unit in grid.units.values()]
     # (name, tunings, measurements): 31 and 30 recipes, each asked twice, and the base
     wanted = {
         "bridge.yaml": (8, 2 + 16 + 2),
+        "convergence-small.yaml": (140, 53 + 140),
         "keep.yaml": (61, 124),
         "keep-auto.yaml": (32, 6 + 96),
         "promot.yaml": (16, 2 + 32),
         "partial_adaptation.yaml": (108, 8 + 432 + 432),
     }
     assert (kinds.count("tune"), kinds.count("measure")) == wanted[name]
+
+
+def test_the_study_of_small_models_has_the_promised_sizes() -> None:
+    """90 tuned models or more besides the degraded ones, three architectures, 24 tasks."""
+    spec = shipped("convergence-small.yaml")
+    grid = expand(spec)
+    tuned = [spec.model(subject.model) for subject in grid.tuned]
+    assert len(tuned) == 140
+    assert sum(model.degrade is None for model in tuned) == 116
+    harmed = {(model.degrade.kind, model.reference) for model in spec.models if model.degrade}
+    assert len(harmed) == 2 * 4
+    scratch = [model.from_scratch for model in spec.models if model.from_scratch]
+    assert {made.architecture for made in scratch} == {"llama", "gpt2", "gpt-neox"}
+    assert len({(made.architecture, made.width, made.seed) for made in scratch}) == 9
+    assert len({(made.width, made.steps) for made in scratch}) >= 12
+    assert len({model.family for model in spec.models}) == 11
+    assert all(model.tags for model in spec.models if model.reference)
+    for subject in grid.tuned:
+        beside = [s for s in grid.tuned if s.model == subject.model]
+        recipes = {s.recipe for s in beside}
+        assert len(recipes) == (1 if spec.model(subject.model).degrade else 2)
+    (ask,) = spec.asks.values()
+    assert (ask.settings, ask.all_shots) == (("direct", "gold"), (0, 4))
+    asked = {name for unit in grid.units.values() if unit.ask for name in tasks_of(spec, unit)}
+    assert len(asked) == 24
 
 
 def test_auto_is_studied_as_it_is() -> None:
@@ -88,7 +117,8 @@ def test_shipped_studies_can_be_planned(
     """With a pico model in the real ones' place, and what takes longest to read left out."""
     monkeypatch.chdir(tmp_path)
     save(fresh_pico("llama"), tmp_path / "base")
-    changed = ["models=[base]", "targets=[support]", "exclude=[]", "asks.few-shot.limit=2"]
+    few = next(iter(shipped(name).asks))
+    changed = ["models=[base]", "targets=[support]", "exclude=[]", f"asks.{few}.limit=2"]
     given = [word for change in changed for word in ("--set", change)]
     assert status("study", str(STUDIES / name), "--plan", "--json", *given) == 0
     plan = json.loads(capsys.readouterr().out)

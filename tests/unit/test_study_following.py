@@ -15,7 +15,8 @@ from keepshot.errors import ConfigError
 from keepshot.models.loading import LanguageModel, save
 from keepshot.records import read_instructions
 from keepshot.study.document import StudyDocument
-from keepshot.study.grid import StudySpec, expand
+from keepshot.study.grid import expand
+from keepshot.study.spec import StudySpec
 
 FOLLOWING = {"limit": 3, "answers": {"max_new_tokens": 4}}
 STUDY: dict[str, Any] = {

@@ -8,15 +8,8 @@ from typing import Any
 import pytest
 
 from keepshot.errors import ConfigError
-from keepshot.study.grid import (
-    StudySpec,
-    Subject,
-    check_patterns,
-    check_size,
-    expand,
-    names_in,
-    tasks_of,
-)
+from keepshot.study.grid import check_size, expand, names_in, tasks_of
+from keepshot.study.spec import StudySpec, Subject, check_patterns
 
 CONTENT: dict[str, Any] = {
     "name": "tiny",

@@ -10,7 +10,7 @@ from typing import Any
 from keepshot.errors import ConfigError
 from keepshot.jobs.specs import BlendSpec, JudgeSpec, MeasureSpec, RunSpec, TuneSpec
 from keepshot.specs import apply_overrides, read_yaml
-from keepshot.study.grid import StudySpec
+from keepshot.study.spec import StudySpec
 from keepshot.theory.document import TheorySpec
 from keepshot.tuning.keep import KEEP_TERMS
 from keepshot.tuning.method_specs import METHODS, describe_method

@@ -12,7 +12,8 @@ from keepshot.models.loading import LanguageModel
 from keepshot.records import InstructionRow
 from keepshot.scoring.engine import Engine
 from keepshot.study.directory import StudyDirectory
-from keepshot.study.grid import Grid, StudySpec, Unit
+from keepshot.study.grid import Grid, Unit
+from keepshot.study.spec import StudySpec
 
 Progress = Callable[[int, int], None]
 

@@ -13,24 +13,35 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
+
 from keepshot.assets import AssetStore
 from keepshot.errors import UserError
-from keepshot.jobs.study import Worker, grid_of, opened, tokens_read
+from keepshot.jobs.study import grid_of, opened
+from keepshot.jobs.study_worker import Worker, tokens_read
 from keepshot.models.loading import DTYPES, LanguageModel, outline
+from keepshot.models.made import FromScratch
+from keepshot.progress import Silent
 from keepshot.report.words import duration
 from keepshot.scoring.engine import Engine
 from keepshot.scoring.evaluate import Plan, ask, measure
 from keepshot.scoring.prefix import build_trie
 from keepshot.scoring.request import tokens_to_read
 from keepshot.study.directory import StudyDirectory, UnitRecord
-from keepshot.study.grid import MOST_UNITS, StudySpec, Unit
+from keepshot.study.grid import MOST_UNITS, Unit, tasks_of
 from keepshot.study.runner import Watch
+from keepshot.study.spec import StudiedModel, StudySpec
+from keepshot.tuning.from_scratch import lists_of_examples, train_from_scratch, untrained
 from keepshot.tuning.keep import KL, FewShot
-from keepshot.tuning.method_specs import LoRA, ProMoT, PromptTuning
+from keepshot.tuning.method_specs import Full, ProMoT, prompt_tokens
 from keepshot.tuning.mixture import branch
 from keepshot.tuning.train import Extra, tokenise, train
 
-CALIBRATION_TASKS, CALIBRATION_ITEMS, CALIBRATION_STEPS = 3, 4, 2
+CALIBRATION_TASKS, CALIBRATION_ITEMS, CALIBRATION_STEPS = 3, 4, 3
+ADAPTING = ("lora", "dora", "rslora", "prompt-tuning")
+"""Methods that leave the model's own weights as they are."""
+DEGRADING_LOADS = 4.0
+"""How much longer than loading a model it takes to load, harm, write and digest it."""
 SHORT_RUNS = 3
 """Of the search for a learning rate, as a rule."""
 PROCESS_BYTES = 700_000_000
@@ -138,18 +149,23 @@ def plan_study(
     records = directory.records(grid.units) if directory else {}
     worker = Worker(spec, store, directory or StudyDirectory(out_dir), watch)
     worker.check(grid)
+    like = {model.label: model.like for model in spec.models}
     groups: dict[tuple[str, str], list[Unit]] = {}
     for unit in grid.units.values():
-        groups.setdefault((unit.subject.model, _kind(unit)), []).append(unit)
+        groups.setdefault((like[unit.subject.model], _kind(unit)), []).append(unit)
     estimator = _Estimator(worker, records, calibrate)
     found = [estimator.work(what, units) for (_, what), units in groups.items()]
     sizes = list(estimator.sizes.values())
-    runs = sum(unit.kind == "tune" for unit in grid.units.values())
+    kinds = [unit.kind for unit in grid.units.values()]
+    runs = kinds.count("tune")
     largest = max(sizes, default=0) * DTYPES[spec.dtype].itemsize
+    # A model that was made lies beside those tuned from it.
+    once = min(1, runs) + min(1, kinds.count("make"))
+    kept = runs + kinds.count("make")
     return StudyPlan(
         work=found,
         memory_bytes=estimator.memory_bytes,
-        disk_bytes=largest * (runs if spec.keep_models else min(1, runs)),
+        disk_bytes=largest * (kept if spec.keep_models else once),
         failed=sum(record.status == "failed" for record in records.values()),
     )
 
@@ -163,35 +179,55 @@ class _Estimator:
         self.memory_bytes = 0
         self._light: dict[str, LanguageModel | str] = {}
         self._tokens: dict[object, int] = {}
-        self._paces: dict[tuple[str, str], float | None] = {}
+        self._paces: dict[tuple[str, str, bool], float | None] = {}
+        self._live: tuple[str, LanguageModel] | None = None
 
     def work(self, what: str, units: Sequence[Unit]) -> Work:
         """Return what units that are alike take."""
         first = units[0]
-        label = first.subject.model
+        label = self._like(first)
         done = [self.records[unit.id] for unit in units if unit.id in self.records]
-        light = self._outline(label)
+        light = self._outline(first)
         if isinstance(light, str):
             return Work(what, label, len(units), len(done), None, None, light)
         self._count_memory(first, light)
-        tokens = self._tokens_of(first, light)
+        # Models of one structure may be trained for different times.
+        all_tokens = [self._tokens_of(unit, light) for unit in units]
+        tokens = round(fmean(all_tokens))
         spent = [record.seconds for record in done if record.status == "done"]
         if spent:
             return Work(what, label, len(units), len(done), tokens, fmean(spent), "recorded")
+        studied = self.worker.spec.model(first.subject.model)
+        if first.kind == "make" and studied.degrade is not None:
+            spent_once = self._degrading_seconds(studied)
+            by = "no calibration" if spent_once is None else "calibrated"
+            return Work(what, label, len(units), len(done), tokens, spent_once, by)
         pace = self._pace(first, light)
         seconds = None if pace is None else pace * tokens
         source = "no calibration" if pace is None else "calibrated"
         return Work(what, label, len(units), len(done), tokens, seconds, source)
 
-    def _outline(self, label: str) -> LanguageModel | str:
+    def _like(self, unit: Unit) -> str:
+        return self.worker.spec.model(unit.subject.model).like
+
+    def _reads(self, unit: Unit) -> str:
+        return self.worker.spec.model(unit.subject.model).reads
+
+    def _outline(self, unit: Unit) -> LanguageModel | str:
+        """Return a model of that structure without its weights, or why there is none."""
+        label = self._like(unit)
         if label not in self._light:
             self.worker.watch.stage(f"{label}: counting tokens")
             spec = self.worker.spec
+            studied = spec.model(unit.subject.model)
             try:
-                light = outline(
-                    spec.model(label).reference, self.worker.store,
-                    trust_remote_code=spec.trust_remote_code,
-                )  # fmt: skip
+                if studied.from_scratch is not None:
+                    light = untrained(studied.from_scratch)
+                else:
+                    light = outline(
+                        studied.reference, self.worker.store,
+                        trust_remote_code=spec.trust_remote_code,
+                    )  # fmt: skip
                 self.sizes[label] = light.num_parameters
                 self._light[label] = light
             except UserError as error:
@@ -200,13 +236,35 @@ class _Estimator:
 
     def _tokens_of(self, unit: Unit, light: LanguageModel) -> int:
         subject = unit.subject
+        if unit.kind == "make":
+            made = self.worker.spec.model(subject.model).from_scratch
+            return 0 if made is None else made.steps * self._tokens_a_step(made, light)
         if unit.kind == "measure":
-            key: object = (subject.model, subject.target, unit.ask, unit.split)
+            tasks = tuple(tasks_of(self.worker.spec, unit))
+            key: object = (self._reads(unit), tasks, unit.ask, unit.split)
             if key not in self._tokens:
                 asked = _shared_tokens(light, self.worker.plan(unit))
                 followed = self.worker.examiners.num_tokens(unit, light)
                 self._tokens[key] = asked + followed
             return self._tokens[key]
+        # Rate, seed and most methods change nothing of what is read, but what `auto` searches.
+        recipe = self.worker.spec.recipes[str(subject.recipe)]
+        method = recipe.method if prompt_tokens(recipe.method) else Full()
+        rate = recipe.learning_rate if recipe.auto else None
+        read = recipe.model_copy(update={"learning_rate": rate, "seed": 0, "method": method})
+        key = (self._reads(unit), subject.target, read.fingerprint())
+        if key not in self._tokens:
+            self._tokens[key] = self._tokens_of_tuning(unit, light)
+        return self._tokens[key]
+
+    def _tokens_a_step(self, made: FromScratch, light: LanguageModel) -> int:
+        key = (made.batch_size, made.shots, made.instructed)
+        if key not in self._tokens:
+            batch = lists_of_examples(light, made, np.random.default_rng(0))
+            self._tokens[key] = sum(map(len, batch))
+        return self._tokens[key]
+
+    def _tokens_of_tuning(self, unit: Unit, light: LanguageModel) -> int:
         recipe, target, anchors, extra = self.worker.ingredients(unit)
         data = tokenise(recipe, light, target.train, anchors=anchors, extra=extra)
         resolved = recipe.resolved(len(data.encoded.samples))
@@ -231,33 +289,71 @@ class _Estimator:
         copies = {"base": 1, "tuned": 1, "blend": 3}[unit.subject.stage]
         if unit.kind == "tune":
             method = self.worker.spec.recipes[str(unit.subject.recipe)].method
-            copies = 1 if isinstance(method, LoRA | PromptTuning) else 6
+            copies = 1 if method.name in ADAPTING else 6
         itemsize = DTYPES[self.worker.spec.dtype].itemsize
         needed = copies * light.num_parameters * itemsize + PROCESS_BYTES
         self.memory_bytes = max(self.memory_bytes, needed)
 
     def _pace(self, unit: Unit, light: LanguageModel) -> float | None:
-        """Return seconds a token: of like work that is recorded, else of a moment's trial."""
-        key = unit.subject.model, unit.kind
+        """Return seconds a token: of like work that is recorded, else of a moment's trial.
+
+        Tuning steps all weights, or adapters alone, which differ severalfold in a small model.
+        """
+        key = self._like(unit), unit.kind, self._adapts(unit)
         if key not in self._paces:
             known = [
                 r for r in self.records.values()
                 if r.kind == unit.kind and r.status == "done" and r.tokens > 0
                 and r.model is not None and r.model.num_parameters == light.num_parameters
+                and (r.training is None or (r.training.method in ADAPTING) == key[2])
             ]  # fmt: skip
             if known:
                 self._paces[key] = sum(r.seconds for r in known) / sum(r.tokens for r in known)
             elif self.calibrate:
-                self.worker.watch.stage(f"{unit.subject.model}: timing a moment of {unit.kind}")
-                trial = _time_tuning if unit.kind == "tune" else _time_asking
-                self._paces[key] = trial(self.worker, unit)
+                self.worker.watch.stage(f"{key[0]}: timing a moment of {unit.kind}")
+                self._paces[key] = self._tried(unit, light)
             else:
                 self._paces[key] = None
         return self._paces[key]
 
+    def _adapts(self, unit: Unit) -> bool:
+        recipe = unit.subject.recipe if unit.kind == "tune" else None
+        return recipe is not None and self.worker.spec.recipes[recipe].method.name in ADAPTING
+
+    def _tried(self, unit: Unit, light: LanguageModel) -> float | None:
+        studied = self.worker.spec.model(unit.subject.model)
+        if unit.kind == "make" and studied.from_scratch is not None:
+            tokens = CALIBRATION_STEPS * self._tokens_a_step(studied.from_scratch, light)
+            return _time_training(studied.from_scratch) / tokens
+        model = self._live_model(studied)
+        if unit.kind != "tune":
+            return _time_asking(self.worker, unit, model)
+        self._live = None  # tuning changes it
+        return _time_tuning(self.worker, unit, model)
+
+    def _live_model(self, studied: StudiedModel) -> LanguageModel:
+        """Return a model of that structure with weights, kept for the next trial of it."""
+        if self._live is None or self._live[0] != studied.like:
+            self._live = None
+            made = studied.from_scratch
+            model = untrained(made) if made else self.worker.load(studied.reference)
+            self._live = studied.like, model
+        return self._live[1]
+
+    def _degrading_seconds(self, studied: StudiedModel) -> float | None:
+        """Return the time to load, harm and write a model, as a multiple of loading it."""
+        if not self.calibrate:
+            return None
+        began = time.perf_counter()
+        self._live = None
+        self._live_model(studied)
+        return DEGRADING_LOADS * (time.perf_counter() - began)
+
 
 def _kind(unit: Unit) -> str:
     subject = unit.subject
+    if unit.kind == "make":
+        return "make"
     if unit.kind == "tune":
         return f"tune {subject.recipe} on {subject.target}"
     about = f" on {subject.target}" if subject.target else ""
@@ -269,9 +365,8 @@ def _shared_tokens(model: LanguageModel, plan: Plan) -> int:
     return build_trie([tokens_to_read(request) for request in requests]).num_tokens
 
 
-def _time_asking(worker: Worker, unit: Unit) -> float | None:
+def _time_asking(worker: Worker, unit: Unit, model: LanguageModel) -> float | None:
     """Return seconds a token of asking the untuned model a few items; None without tasks."""
-    model = worker.load(worker.spec.model(unit.subject.model).reference)
     whole = worker.plan(unit)
     if not whole.tasks:
         return None
@@ -280,20 +375,30 @@ def _time_asking(worker: Worker, unit: Unit) -> float | None:
     return found.cost.seconds / max(1, found.cost.tokens_prefilled)
 
 
-def _time_tuning(worker: Worker, unit: Unit) -> float:
-    """Return seconds a token of a few steps, the first of which is not counted."""
-    recipe, target, anchors, extra = worker.ingredients(unit)
-    model = worker.load(recipe.model)
-    short = recipe.model_copy(update={"steps": CALIBRATION_STEPS + 1, "auto": None})
+def _time_tuning(worker: Worker, unit: Unit, model: LanguageModel) -> float:
+    """Return seconds a token of the quickest of a few steps without keep terms.
+
+    The first allocates the optimiser's state, and a machine that is busy for a moment makes
+    others slow, so that their mean would be too much.
+    """
+    recipe, target, _, extra = worker.ingredients(unit)
+    few = {"steps": CALIBRATION_STEPS + 1, "keep": (), "auto": None}
     clock = _StepClock()
     began = train(
-        short, model, target.train, None,
-        anchors=anchors, progress=clock, extra=Extra(extra.template, extra.general),
+        recipe.model_copy(update=few), model, target.train, None,
+        progress=clock, extra=Extra(extra.template),
     )  # fmt: skip
     del model
     gc.collect()
     steps = [later - earlier for earlier, later in zip(clock.at, clock.at[1:], strict=False)]
-    return fmean(steps) * (CALIBRATION_STEPS + 1) / max(1, tokens_read(began.sources, began.steps))
+    return min(steps) * began.steps / max(1, tokens_read(began.sources, began.steps))
+
+
+def _time_training(made: FromScratch) -> float:
+    """Return seconds of a few steps from scratch."""
+    began = time.perf_counter()
+    train_from_scratch(made.model_copy(update={"steps": CALIBRATION_STEPS}), Silent())
+    return time.perf_counter() - began
 
 
 class _StepClock:

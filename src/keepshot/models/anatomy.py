@@ -91,8 +91,8 @@ def anatomy(module: nn.Module) -> Anatomy:
         ModelError: if a block is no softmax attention with one projection each for queries, keys,
             values and output (separate or fused).
     """
-    prefix, blocks = _find_blocks(module)
-    linears = [_linears(block, f"{prefix}.{n}") for n, block in enumerate(blocks)]
+    prefix, blocks = find_blocks(module)
+    linears = [linear_layers(block, f"{prefix}.{n}") for n, block in enumerate(blocks)]
     names = {id(p): name for name, p in module.named_parameters()}
     several = _probe(module, linears, NUM_PROBE_TOKENS)
     single = _probe(module, linears, 1)
@@ -111,7 +111,7 @@ def anatomy(module: nn.Module) -> Anatomy:
     )
 
 
-def _find_blocks(module: nn.Module) -> tuple[str, list[nn.Module]]:
+def find_blocks(module: nn.Module) -> tuple[str, list[nn.Module]]:
     """Return the list of blocks: the outermost ModuleList that holds the most parameters."""
     lists = {name: m for name, m in module.named_modules() if isinstance(m, nn.ModuleList)}
     outer = {
@@ -125,7 +125,8 @@ def _find_blocks(module: nn.Module) -> tuple[str, list[nn.Module]]:
     return name, list(outer[name])
 
 
-def _linears(block: nn.Module, prefix: str) -> dict[str, nn.Module]:
+def linear_layers(block: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """Return the linear layers of a block by their names in the model."""
     return {
         f"{prefix}.{name}": m
         for name, m in block.named_modules()

@@ -41,6 +41,8 @@ from keepshot.records import (
 RECORD_SCHEMA = 1
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
+MAKING = "making.json"
+"""Beside a model that was made: how."""
 Status = Literal["done", "failed"]
 
 
@@ -52,14 +54,16 @@ class UnitRecord(BaseModel):
     schema_version: int = Field(default=RECORD_SCHEMA, alias="schema")
     keepshot: str = __version__
     unit: str
-    kind: Literal["tune", "measure"]
+    kind: Literal["make", "tune", "measure"]
     label: str
     status: Status
     seconds: float = 0.0
     """Of this unit, loading included."""
     loading_seconds: float = 0.0
     work_seconds: float = 0.0
-    """Of tuning or scoring alone."""
+    """Of making, tuning or scoring alone."""
+    processor_seconds: float = 0.0
+    """Of all processors together, loading included; 0 where it was not counted yet."""
     tokens: int = 0
     """Read by the model: of training samples, or of prompts once shared."""
     peak_bytes: int | None = None
@@ -195,15 +199,15 @@ class StudyDirectory:
         write_text(record.to_json(), path)
         return True
 
-    # -- tuned models ----------------------------------------------------------------------
+    # -- models of its own -----------------------------------------------------------------
 
     def model(self, unit: str) -> Path:
         """Return where the model that a unit makes lies."""
         return self.path / "models" / unit
 
     def has_model(self, unit: str) -> bool:
-        """Say whether it lies there whole: `tuning.json` comes last."""
-        return (self.model(unit) / "tuning.json").exists()
+        """Say whether it lies there whole: `tuning.json` or `making.json` comes last."""
+        return any((self.model(unit) / name).exists() for name in ("tuning.json", MAKING))
 
     def drop_model(self, unit: str) -> None:
         """Delete it."""

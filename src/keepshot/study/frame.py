@@ -22,7 +22,8 @@ from keepshot.records import read_item_table
 from keepshot.stats import Matrix
 from keepshot.study.directory import UnitRecord
 from keepshot.study.document import StudyArm
-from keepshot.study.grid import Grid, StudySpec
+from keepshot.study.grid import Grid
+from keepshot.study.spec import StudySpec
 
 Frame: TypeAlias = Any
 """A pandas DataFrame, whose columns and groups its own types leave open."""
@@ -55,7 +56,7 @@ def item_frame(
         StudyError: if a tag has the name of a column.
     """
     parts: list[pa.Table] = []
-    tags = {name for model in spec.models for name in model.tags}
+    tags = {name for model in spec.models for name in model.columns}
     for cell in grid.cells:
         record = records.get(cell.unit)
         if record is None or record.status != "done":
@@ -90,7 +91,7 @@ def item_frame(
     own = frame["target"].map(target_name, na_action="ignore")
     frame["is_target"] = np.where(own.isna(), frame["task"].isin(targets), frame["task"] == own)
     for name in sorted(tags):
-        of = {model.label: model.tags.get(name) for model in spec.models}
+        of = {model.label: model.columns.get(name) for model in spec.models}
         frame[name] = [of[label] for label in frame["model"]]
     return frame
 

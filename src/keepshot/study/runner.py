@@ -143,15 +143,19 @@ class _Runner:
         self.dependents = grid.dependents
         self.held: tuple[str, str | None] | None = None
         self.unmade: set[str] = set()
-        """Tunings whose record is there and whose model could not be made again."""
+        """Makers whose record is there and whose model could not be made again."""
 
     def settle(self) -> None:
         """Record as failed what needs a tuned model that there will not be."""
         records = self.directory.records(self.grid.units)
         for unit in self.grid.units.values():
-            cause = records.get(unit.needs) if unit.needs and unit.id not in records else None
-            if cause is None or (cause.status == "done" and unit.needs not in self.unmade):
+            if unit.id in records:
                 continue
+            causes = [records[one] for one in unit.requires if one in records]
+            lost = [one for one in causes if one.status != "done" or one.unit in self.unmade]
+            if not lost:
+                continue
+            cause = lost[0]
             why = cause.reason or "its model could not be made again"
             reason = f"needs `{cause.label}`, which failed: {why}"
             self.directory.write_unclaimed(
@@ -159,11 +163,11 @@ class _Runner:
             )
 
     def todo(self) -> list[Unit]:
-        """Return what is not settled, and tunings whose deleted model is needed once more."""
+        """Return what is not settled, and makers whose deleted model is needed once more."""
         records = self.directory.records(self.grid.units)
         found: list[Unit] = []
         for unit in self.grid.units.values():
-            again = unit.kind == "tune" and self._is_wanted(unit, records)
+            again = unit.kind != "measure" and self._is_wanted(unit, records)
             if unit.id not in records or again:
                 found.append(unit)
         return found
@@ -177,7 +181,7 @@ class _Runner:
         ready = [
             unit
             for unit in todo
-            if unit.needs is None or (unit.needs in records and unit.needs not in waiting)
+            if all(one in records and one not in waiting for one in unit.requires)
         ]
         return sorted(ready, key=lambda unit: (unit.holds != self.held, unit.holds in others))
 
@@ -200,7 +204,7 @@ class _Runner:
                 self.directory.drop_model(identity)
 
     def _do(self, unit: Unit, claim: Claimed) -> None:
-        began = time.perf_counter()
+        began, spent = time.perf_counter(), time.process_time()
         found = Outcome()
         try:
             found = self.perform(unit)
@@ -216,14 +220,16 @@ class _Runner:
             self.watch.note(f"failed: {unit.label}: {reason.splitlines()[0]}")
             if unit.id in self.directory.records([unit.id]):
                 self.unmade.add(unit.id)
+        spent = time.process_time() - spent
+        record = record.model_copy(update={"processor_seconds": spent})
         self.directory.write(record, found.items, claim, found.instructions)
 
     def _still_open(self, unit: Unit) -> bool:
         records = self.directory.records([unit.id, *self.dependents.get(unit.id, ())])
-        return unit.id not in records or (unit.kind == "tune" and self._is_wanted(unit, records))
+        return unit.id not in records or (unit.kind != "measure" and self._is_wanted(unit, records))
 
     def _is_wanted(self, unit: Unit, records: dict[str, UnitRecord]) -> bool:
-        """Say whether a tuning that is recorded as done must be repeated for its model."""
+        """Say whether what is recorded as done must be repeated for its model."""
         record = records.get(unit.id)
         if record is None or record.status == "failed" or unit.id in self.unmade:
             return False

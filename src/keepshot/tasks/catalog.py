@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from keepshot.errors import TaskError, unknown
 from keepshot.prompts import Example
-from keepshot.tasks import lexical, procedural, sentences, surface, targets
+from keepshot.tasks import composed, lexical, procedural, sentences, surface, targets
 from keepshot.tasks.lexical import AssetSource
 from keepshot.tasks.pairs import cuts
 from keepshot.tasks.source import SUFFIXES, read_examples_file
@@ -95,6 +95,13 @@ def _target(
     return TaskEntry(
         kind, domain, rule, description, "made by code", "Apache-2.0", _made(maker), role="target"
     )
+
+
+def _composition(rule: composed.Rule) -> TaskEntry:
+    kind: Kind = "exact" if rule.choices is None else "choice"
+    return _code(
+        kind, f"composed {rule.family}", "composition", rule.instruction, rule.questions
+    )  # fmt: skip
 
 
 def _text(domain: str, rule: str, description: str, name: str, kind: Kind = "choice") -> TaskEntry:
@@ -226,6 +233,11 @@ CATALOG: dict[str, TaskEntry] = {
         "exact", "word problems", "reasoning", "a story with numbers -> the working and the result",
         targets.worked_sums,
     ),
+    "compositions": _target(
+        "exact", "compositions", "composition", "composed instructions, none of those measured",
+        composed.training_questions,
+    ),
+    **{rule.name: _composition(rule) for rule in composed.measured_rules()},
     "upper-case": _anchor("letter case", "a word -> in capitals", surface.upper_case),
     "repeat-words": _anchor("repetition", "two words -> the same twice", surface.repeat_words),
     "title-case": _anchor("letter case", "two words -> each with a capital", surface.title_case),
@@ -247,6 +259,7 @@ SUITES: dict[str, tuple[str, ...]] = {
         "number-spelling", "pick-animal", "pick-colour", "extract-phone",
         "extract-day",
     ),
+    "composed": tuple(rule.name for rule in composed.measured_rules()),
     "anchors": tuple(name for name, entry in CATALOG.items() if entry.role == "anchor"),
 }  # fmt: skip
 TUNABLE: tuple[str, ...] = (
