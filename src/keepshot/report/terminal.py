@@ -84,7 +84,7 @@ def path_table(document: ResultDocument) -> Table:
     """Return one line per lambda and split, the lambda picked marked with a star."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim")
     for title in ("lambda", "target", "few-shot", "retention", "n"):
-        table.add_column(title, justify="right", no_wrap=True)
+        table.add_column(title, justify="right", no_wraps=True)
     table.add_column("items")
     picked = document.pick.lam if document.pick else None
     for point in sorted(document.path, key=lambda point: (point.split, point.lam)):
@@ -107,7 +107,7 @@ def instructions_table(document: ResultDocument | JudgeDocument) -> Table:
     names = short_names(list(dict.fromkeys(row.arm for row in document.instructions)))
     table = _table("instructions, strict")
     for title in ("prompts", "single", "cut", "n"):
-        table.add_column(title, justify="right", no_wrap=True)
+        table.add_column(title, justify="right", no_wraps=True)
     table.add_column("part")
     for row in document.instructions:
         table.add_row(
@@ -121,9 +121,10 @@ def instructions_table(document: ResultDocument | JudgeDocument) -> Table:
     return table
 
 
-def _table(first: str) -> Table:
+def _table(first: str, *, wraps: bool = False) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim")
-    table.add_column(first, max_width=NAME_WIDTH, no_wrap=True, overflow="ellipsis")
+    width = 2 * NAME_WIDTH if wraps else NAME_WIDTH
+    table.add_column(first, max_width=width, no_wrap=not wraps, overflow="ellipsis")
     return table
 
 
@@ -152,7 +153,7 @@ def theory_tables(claim: ClaimRecord) -> list[Table]:
             table.add_row(*(Text(cell) for cell in [*cells, f"{row.z:+.1f}"]))
         tables.append(table)
     if claim.checks:
-        table = _table(f"{claim.claim}: checks")
+        table = _table(f"{claim.claim}: checks", wraps=True)
         for title in ("predicted", "measured", "se"):
             table.add_column(title, justify="right")
         for check in claim.checks:
