@@ -103,8 +103,8 @@ def test_designs_average_polynomials_exactly(d: int) -> None:
 
 KINDS = st.fixed_dictionaries(
     {
-        "d": st.integers(1, 4),
-        "shots": st.integers(0, 6),
+        "d": st.integers(1, 3),
+        "shots": st.integers(0, 4),
         "constant": st.sampled_from([0.0, 1.0]),
         "noise": st.floats(0.0, 2.0),
         "unseen": st.booleans(),
@@ -123,7 +123,7 @@ def test_every_closed_form_is_what_sampling_finds(kind: dict[str, Any]) -> None:
     """
     d, shots, seed = kind["d"], kind["shots"], kind["seed"]
     world = random_world(d, seed, kind["noise"], kind["constant"])
-    head, theta = random_head(world, seed + 10), normal(d, seed=seed + 20)
+    head, theta = random_head(world, seed + 10, size=0.1), normal(d, seed=seed + 20)
     target = 0.5 * normal(d, seed=seed + 40)
     tasks = exact.unseen_tasks(world, 1.2, 5)
     if not kind["unseen"]:
@@ -189,12 +189,12 @@ def sampled(
 
 def test_mean_over_gaussian_tasks_is_what_sampling_finds() -> None:
     """`prior_tasks` at degree 5, on literal prompts, for heads whose keys read labels too."""
-    for seed in range(5):
+    for seed in range(2):
         world = random_world(2, seed, 0.4)
         head, root = random_head(world, seed + 1, size=0.05), 0.5 * normal(2, 2, seed=seed + 2)
         prior = root @ root.T + 0.1 * torch.eye(2, dtype=torch.float64)
         predicted = exact.mean_error(head, world, exact.prior_tasks(prior, 5), 2)
-        size, draws = 600_000, generator(seed + 3)
+        size, draws = 1_200_000, generator(seed + 3)
         white = torch.randn(size, 2, dtype=torch.float64, generator=draws)
         tokens, labels = draw_prompts(world, white @ torch.linalg.cholesky(prior).T, 2, size, draws)
         squared = (labels - attend(head, tokens)) ** 2
