@@ -182,6 +182,7 @@ def blend(
     target: option.Target = None,
     pick: option.Pick = None,
     follow: option.Follow = None,
+    restore: option.Restore = None,
     shots: option.Shots = None,
     seeds: option.Seeds = None,
     limit: option.Limit = None,
@@ -206,6 +207,7 @@ def blend(
         tasks=option.names(tasks), shots=option.whole_numbers("--shots", shots), seeds=seeds,
         limit=limit, seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
         check="none" if no_check else None, following=option.following(follow),
+        restore=option.names(restore),
     )  # fmt: skip
     spec = blend_spec(None if tuned else Path(base), given, set_ or [])
     if spec.sweep is None:

@@ -155,6 +155,9 @@ class BlendSpec(Where):
     """Items per task and split at most."""
     following: Following | None = None
     """Verifiable instructions at every point of the path and on the arms; none if left out."""
+    restore: tuple[Literal["blocks", "kinds"], ...] = ()
+    """Along a sweep, also measure the tuned model with each block, or each kind of weight, put back
+    to the base's: where the damage sits."""
     write_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights written; what the inputs have if not given."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
@@ -197,6 +200,10 @@ class BlendSpec(Where):
             raise ValueError(
                 "give either --lambda, to write one point, or --sweep, to measure many"
             )
+        if self.restore and self.sweep is None:
+            raise ValueError("`restore` is measured along a --sweep; give one, such as 0,.5,1")
+        if self.restore and self.rule is not None:
+            raise ValueError("`restore` starts from the whole tuned model; leave `rule` out")
         if self.second is not None and self.sweep is not None:
             raise ValueError("`second` can be added at one --lambda, not along a --sweep")
         if self.reduce is not None:

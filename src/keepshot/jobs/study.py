@@ -22,7 +22,7 @@ from keepshot.jobs.measure import check_shots, plan_for, read_tasks, template_na
 from keepshot.jobs.separation import check_apart
 from keepshot.jobs.specs import Measuring
 from keepshot.jobs.target import load_target
-from keepshot.jobs.tune import anchor_tasks, general_rows
+from keepshot.jobs.tune import VALIDATION_SHARE, anchor_tasks, general_rows
 from keepshot.jobs.workspace import environment
 from keepshot.models.identity import file_sha256
 from keepshot.models.loading import LanguageModel, identify, load
@@ -50,6 +50,7 @@ from keepshot.tasks.catalog import CATALOG, is_path
 from keepshot.tasks.source import Row
 from keepshot.tasks.task import Task
 from keepshot.tuning.anchors import examples_of
+from keepshot.tuning.data import hold_out
 from keepshot.tuning.mixture import Branch
 from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.train import Extra, train
@@ -299,9 +300,13 @@ class Worker:
         self._base = None  # tuning changes it in place
         untuned = model_record(model)
         out_dir = self.directory.model(unit.id)
+        rows, held_out = target.train, ()
+        if recipe.auto:
+            # As for a user's file: what is decided on is taken from the rows to train on.
+            rows, held_out = hold_out(target.train, share=VALIDATION_SHARE, seed=recipe.seed)
         record = train(
-            recipe, model, target.train, out_dir,
-            anchors=anchors, progress=self.watch, extra=extra,
+            recipe, model, rows, out_dir,
+            anchors=anchors, validation=held_out, progress=self.watch, extra=extra,
         )  # fmt: skip
         return Outcome(
             model=untuned,

@@ -31,6 +31,8 @@ from keepshot.tuning.mixture import branch
 from keepshot.tuning.train import Extra, tokenise, train
 
 CALIBRATION_TASKS, CALIBRATION_ITEMS, CALIBRATION_STEPS = 3, 4, 2
+SHORT_RUNS = 3
+"""Of the search for a learning rate, as a rule."""
 PROCESS_BYTES = 700_000_000
 """Of Python with torch, transformers and one forward pass, besides weights; measured on Linux."""
 
@@ -215,6 +217,8 @@ class _Estimator:
         steps = resolved.steps or 1
         if isinstance(method, ProMoT) and method.prompt == "trained":
             steps += method.prompt_steps
+        if recipe.auto and recipe.learning_rate is None:
+            steps += SHORT_RUNS * recipe.auto.trial_steps
         return tokens_read([*data.mixture.tree, *beside], steps)
 
     def _count_memory(self, unit: Unit, light: LanguageModel) -> None:
@@ -276,7 +280,7 @@ def _time_tuning(worker: Worker, unit: Unit) -> float:
     """Return seconds a token of a few steps, the first of which is not counted."""
     recipe, target, anchors, extra = worker.ingredients(unit)
     model = worker.load(recipe.model)
-    short = recipe.model_copy(update={"steps": CALIBRATION_STEPS + 1})
+    short = recipe.model_copy(update={"steps": CALIBRATION_STEPS + 1, "auto": None})
     clock = _StepClock()
     began = train(
         short, model, target.train, None,
