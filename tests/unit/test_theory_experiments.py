@@ -267,7 +267,9 @@ def test_extensions_agree_with_sampling_and_the_path_has_the_right_ends(
     assert path[0.0, "target, 0 shots"] == pytest.approx(1.1)
     assert path[1.0, "target, 0 shots"] == pytest.approx(0.1)
     assert path[0.0, "unseen, 20 shots"] == pytest.approx(lab.error(lab.pretrained(), "unseen", 20))
-    held = [p for p in record.points if p.panel == "KL term, value-only"]
+    held = sorted(
+        (p for p in record.points if p.panel == "KL term, value-only"), key=lambda point: point.x
+    )
     few = [p.predicted for p in held if p.series == "unseen, 20 shots"]
     zero = [p.predicted for p in held if p.series == "target, 0 shots"]
     assert few == sorted(few, reverse=True)  # a heavier term keeps more and gains less

@@ -84,7 +84,7 @@ def path_table(document: ResultDocument) -> Table:
     """Return one line per lambda and split, the lambda picked marked with a star."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim")
     for title in ("lambda", "target", "few-shot", "retention", "n"):
-        table.add_column(title, justify="right", no_wraps=True)
+        table.add_column(title, justify="right", no_wrap=True)
     table.add_column("items")
     picked = document.pick.lam if document.pick else None
     for point in sorted(document.path, key=lambda point: (point.split, point.lam)):
@@ -107,7 +107,7 @@ def instructions_table(document: ResultDocument | JudgeDocument) -> Table:
     names = short_names(list(dict.fromkeys(row.arm for row in document.instructions)))
     table = _table("instructions, strict")
     for title in ("prompts", "single", "cut", "n"):
-        table.add_column(title, justify="right", no_wraps=True)
+        table.add_column(title, justify="right", no_wrap=True)
     table.add_column("part")
     for row in document.instructions:
         table.add_row(
