@@ -230,7 +230,7 @@ def judge(
     prompts: option.Prompts = None,
     ifeval: option.IFEval = None,
     limit: option.Limit = None,
-    sanity: option.Sanity = False,
+    no_sanity: option.NoSanity = False,
     out: option.Out = None,
     as_json: option.Json = False,
     seed: option.Seed = None,
@@ -245,7 +245,7 @@ def judge(
 
     given = option.given(
         candidate=candidate, reference=reference, judges=by, prompts=prompts, ifeval=ifeval,
-        limit=limit, sanity=sanity, seed=seed, device=device, dtype=dtype,
+        limit=limit, sanity=False if no_sanity else None, seed=seed, device=device, dtype=dtype,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     spec = judge_spec(given, set_ or [])

@@ -101,7 +101,7 @@ Prompts = Annotated[str | None, typer.Option("--prompts", help="Prompts to answe
 IFEval = Annotated[
     str | None, typer.Option("--ifeval", help="Put verifiable instructions to this MODEL.")
 ]
-Sanity = Annotated[bool, typer.Option("--sanity", help="Test the judge itself too.")]
+NoSanity = Annotated[bool, typer.Option("--no-sanity", help="Do not test the judge itself.")]
 
 # -- study -------------------------------------------------------------------------------------
 

@@ -25,9 +25,9 @@ SURFACE = {
     "tune": SPEC | {"--model", "--data", "--method", "--keep", "--accept-licence"},
     "blend": SPEC
     | {"--lambda", "--sweep", "--tasks", "--target", "--pick", "--shots", "--seeds", "--limit"}
-    | {"--accept-licence", "--no-check", "--follow"},
+    | {"--accept-licence", "--no-check", "--follow", "--restore"},
     "judge": SPEC - {"--overwrite"}
-    | {"--judge", "--prompts", "--ifeval", "--limit", "--sanity", "--accept-licence"},
+    | {"--judge", "--prompts", "--ifeval", "--limit", "--no-sanity", "--accept-licence"},
     "study": SPEC
     | {"--engine", "--workers", "--plan", "--status", "--limit-minutes", "--yes", "--retry"}
     | {"--accept-licence"},

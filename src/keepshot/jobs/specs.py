@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from keepshot.blending.rules import LambdaMap
 from keepshot.errors import ConfigError, unknown
-from keepshot.judging.policy import Policy
+from keepshot.judging.policy import Following, Policy
 from keepshot.specs import Spec
 from keepshot.tuning.method_specs import prompt_tokens
 from keepshot.tuning.recipe import Recipe
@@ -33,25 +33,6 @@ class Where(Spec):
     """Torch dtype of the weights."""
     trust_remote_code: bool = False
     """Run code that a checkpoint brings along."""
-
-
-class Following(Spec):
-    """Verifiable instructions put to the same models: the other axis of the trade-off."""
-
-    prompts: str = "embedded"
-    """`embedded`, `ifeval` (the public set, from the hub), or the path of a file of its format."""
-    limit: int | None = Field(default=100, ge=1)
-    """Prompts at most, in each part of the set."""
-    variant: Literal["official", "repaired"] | None = None
-    """How answers are judged; left out, `repaired` for the embedded set and `official` for others.
-    """
-    answers: Policy = Policy()
-    """How prompts are put, and when an answer ends."""
-
-    @property
-    def judged(self) -> Literal["official", "repaired"]:
-        """The variant that this comes to."""
-        return self.variant or ("repaired" if self.prompts == "embedded" else "official")
 
 
 class Measuring(Spec):
@@ -105,8 +86,9 @@ class JudgeSpec(Where):
     """A model to put verifiable instructions to, instead of a comparison."""
     limit: int | None = Field(default=None, ge=1)
     """Prompts at most."""
-    sanity: bool = False
-    """Test each judge: answers against themselves, and against their shuffled words."""
+    sanity: bool = True
+    """Test each judge that can be asked, on at most 16 of the reference's answers: against
+    themselves, and against their shuffled words."""
     variant: Literal["official", "repaired"] | None = None
     """How verifiable instructions are judged; see `Following`."""
     answers: Policy = Policy()

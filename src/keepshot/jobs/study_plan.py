@@ -203,7 +203,9 @@ class _Estimator:
         if unit.kind == "measure":
             key: object = (subject.model, subject.target, unit.ask, unit.split)
             if key not in self._tokens:
-                self._tokens[key] = _shared_tokens(light, self.worker.plan(unit))
+                asked = _shared_tokens(light, self.worker.plan(unit))
+                followed = self.worker.examiners.num_tokens(unit, light)
+                self._tokens[key] = asked + followed
             return self._tokens[key]
         recipe, target, anchors, extra = self.worker.ingredients(unit)
         data = tokenise(recipe, light, target.train, anchors=anchors, extra=extra)
@@ -267,10 +269,12 @@ def _shared_tokens(model: LanguageModel, plan: Plan) -> int:
     return build_trie([tokens_to_read(request) for request in requests]).num_tokens
 
 
-def _time_asking(worker: Worker, unit: Unit) -> float:
-    """Return seconds a token of asking the untuned model a few items."""
+def _time_asking(worker: Worker, unit: Unit) -> float | None:
+    """Return seconds a token of asking the untuned model a few items; None without tasks."""
     model = worker.load(worker.spec.model(unit.subject.model).reference)
     whole = worker.plan(unit)
+    if not whole.tasks:
+        return None
     few = replace(whole, tasks=whole.tasks[:CALIBRATION_TASKS], limit=CALIBRATION_ITEMS)
     found = measure(model, few, arm="trial", engine=Engine(model))
     return found.cost.seconds / max(1, found.cost.tokens_prefilled)

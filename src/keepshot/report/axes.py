@@ -39,10 +39,10 @@ class Axis:
 
     def scale(self) -> alt.Scale:
         """Return the scale for the renderer."""
-        bend = {"constant": 1.0} if self.kind == "symlog" else {}
-        return alt.Scale(
-            type=self.kind, domain=[self.low, self.high], nice=False, zero=False, **bend
-        )
+        scale = alt.Scale(type=self.kind, domain=[self.low, self.high], nice=False, zero=False)
+        if self.kind == "symlog":
+            scale.constant = 1.0
+        return scale
 
     def ticks(self, values: Sequence[float] = ()) -> list[float]:
         """Return where labels stand on a bent axis: none too near the next.

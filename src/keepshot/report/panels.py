@@ -184,11 +184,10 @@ def _bar(point: Point, *, log: bool) -> tuple[float, float]:
 
 def _curves(points: Sequence[Point], frame: Frame, sheet: Sheet) -> list[Any]:
     names = [name for name in sheet.looks if name not in sheet.bare]
-    color, shape = (
-        channel("series:N", scale=alt.Scale(domain=names, range=[sheet.looks[n][i] for n in names]),
-                legend=_legend(names, sheet.width))
-        for i, channel in enumerate((alt.Color, alt.Shape))
-    )  # fmt: skip
+    colors, shapes = ([sheet.looks[name][i] for name in names] for i in range(2))
+    legend = _legend(names, sheet.width)
+    color = alt.Color("series:N", scale=alt.Scale(domain=names, range=colors), legend=legend)
+    shape = alt.Shape("series:N", scale=alt.Scale(domain=names, range=shapes), legend=legend)
     predicted = [
         {"x": p.x, "y": p.predicted, "series": p.series} for p in points if p.predicted is not None
     ]
