@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +15,15 @@ import torch
 from command import status
 from keepshot.errors import ConfigError
 from keepshot.progress import Silent
-from keepshot.report.theory import claim_chart, series_looks
+from keepshot.report.axes import Axis, spanning
+from keepshot.report.panels import bare_series, claim_chart, series_looks
+from keepshot.report.theory import set_formulas
 from keepshot.theory import bridge, extensions, transformer
 from keepshot.theory.document import (
     DEFAULT_CLAIMS,
     ClaimRecord,
+    Panel,
+    Point,
     RealArm,
     TheoryDocument,
     TheorySpec,
@@ -154,12 +160,82 @@ def test_a_covariance_given_in_full_is_used() -> None:
         TheorySpec.model_validate({"covariance": ((1.0,),), "spectrum": (1.0,), "d": 1})
 
 
+def looks_of(*series: str) -> dict[str, tuple[str, str]]:
+    points = [Point(panel="p", series=name, x=1.0, predicted=1.0) for name in series]
+    return series_looks(ClaimRecord(claim="full", sentences=[], rows=[], points=points))
+
+
 def test_methods_look_the_same_in_every_figure() -> None:
-    looks = series_looks(["something", "full", "another", "value_only"])
-    assert looks["full"] == series_looks(["full"])["full"]
+    looks = looks_of("something", "full", "another", "value_only")
+    assert looks["full"] == looks_of("full")["full"]
+    assert looks["value_only"] == looks_of("value-only")["value_only"]
     assert len(set(looks.values())) == 4
-    chart = claim_chart(run("auxiliary")).to_dict()
-    assert len(chart["concat"]) == 3
+    record = run("auxiliary")
+    (row,) = claim_chart(record).to_dict()["vconcat"]
+    assert len(row["hconcat"]) == 3
+    assert bare_series(record) == {"m = n", "m = inf"}
+
+
+def labels_of(layers: list[dict[str, Any]], chart: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of the layer that writes labels."""
+    (text,) = [
+        layer
+        for layer in layers
+        if layer["mark"]["type"] == "text" and "stroke" not in layer["mark"]
+    ]
+    return chart["datasets"][text["data"]["name"]]
+
+
+def test_a_figure_of_many_arms_names_each_beside_it_and_no_two_names_overlap() -> None:
+    """Fourteen arms, some on top of each other, as a study of learning rates gives them."""
+    arms = [(f"recipe-{i} learning_rate={10.0**-i:g}", 0.6 + 0.01 * (i % 3), 0.02 * i)
+            for i in range(14)]  # fmt: skip
+    points = [
+        Point(panel="real", series=name, x=x, predicted=None, measured=y, se=0.04, x_se=0.03)
+        for name, x, y in arms
+    ]
+    panel = Panel(name="real", x_title="gained", y_title="lost", axes="a", labelled=True)
+    record = ClaimRecord(claim="bridge", sentences=[], rows=[], panels=[panel], points=points)
+    for width, size in (("wide", 12.0), ("narrow", 11.0)):
+        chart = claim_chart(record, width).to_dict()  # type: ignore[arg-type]
+        drawn = chart["vconcat"][0]["hconcat"][0]
+        rows = labels_of(drawn["layer"], chart)
+        assert {row["label"] for row in rows} == {
+            name.replace("learning_rate=", "lr ") for name, _, _ in arms
+        }
+        x, y = (
+            Axis(*drawn["layer"][1]["encoding"][axis]["scale"]["domain"], drawn[side])
+            for axis, side in (("x", "width"), ("y", "height"))
+        )
+        boxes = [
+            (x.pixel(row["x"]), y.pixel(row["y"]), 0.5 * size * len(row["label"]) / 2, size / 2)
+            for row in rows
+        ]
+        for one, other in itertools.combinations(boxes, 2):
+            apart = abs(one[0] - other[0]) > one[2] + other[2] or (
+                abs(one[1] - other[1]) > 0.95 * size
+            )
+            assert apart, (width, one, other)
+
+
+def test_axes_go_both_ways_and_their_ticks_keep_apart() -> None:
+    for kind, values in (("linear", (-1.0, 3.0)), ("log", (0.01, 100.0)), ("symlog", (0.0, 100.0))):
+        axis = spanning(values, 200, kind, 0.05)  # type: ignore[arg-type]
+        for value in (*values, 0.7):
+            assert axis.value(axis.pixel(value)) == pytest.approx(value, abs=1e-9)
+        assert 0 < axis.pixel(values[0]) < axis.pixel(values[1]) < 200
+    ticks = spanning((0.0, 100.0), 200, "symlog").ticks((0, 1, 2, 5, 10, 20, 50, 100))
+    assert ticks[0] == 0
+    assert ticks[-1] == 100
+    few = spanning((0.0, 100.0), 70, "symlog").ticks((0, 1, 2, 5, 10, 20, 50, 100))
+    assert 2 <= len(few) < len(ticks)
+
+
+def test_formulas_are_set_in_the_page_alone() -> None:
+    assert (
+        set_formulas("|theta_0|^2 + sigma2 at 10^6")
+        == "|\u03b8\u2080|\u00b2 + \u03c3\u00b2 at 10\u2076"
+    )
 
 
 def test_default_claims_are_the_six() -> None:
@@ -185,13 +261,15 @@ def test_extensions_agree_with_sampling_and_the_path_has_the_right_ends(
     monkeypatch.setattr(extensions, "TUNING_TIME", 2.0)
     record = run("extensions", d=2, num_prompts=5000)
     assert max(abs(row.z) for row in record.rows) < 5
-    panel = "partial adaptation, full tuning"
+    panel = "path to full tuning"
     path = {(p.x, p.series): p.predicted for p in record.points if p.panel == panel}
     lab = Lab.of(TheorySpec(d=2))
     assert path[0.0, "target, 0 shots"] == pytest.approx(1.1)
     assert path[1.0, "target, 0 shots"] == pytest.approx(0.1)
     assert path[0.0, "unseen, 20 shots"] == pytest.approx(lab.error(lab.pretrained(), "unseen", 20))
-    held = [p for p in record.points if p.panel == "KL term, value-only"]
+    held = sorted(
+        (p for p in record.points if p.panel == "KL term, value-only"), key=lambda point: point.x
+    )
     few = [p.predicted for p in held if p.series == "unseen, 20 shots"]
     zero = [p.predicted for p in held if p.series == "target, 0 shots"]
     assert few == sorted(few, reverse=True)  # a heavier term keeps more and gains less
@@ -210,15 +288,20 @@ def test_bridge_shows_the_arms_that_it_is_given(monkeypatch: pytest.MonkeyPatch)
     record = run_claims(TheorySpec.model_validate(spec), Silent(), arms).claims[0]
     assert [panel.name for panel in record.panels][2:] == ["m for t"]
     real = [p for p in record.points if p.panel == "m for t"]
-    assert [(p.series, p.x, p.measured) for p in real] == [("plain", 0.9, 0.7), ("kept", 0.8, 0.1)]
-    assert "plain loses most, 70 % for a gain of 90 %" in record.sentences[-1]
+    assert [(p.series, p.x, p.measured) for p in real] == [
+        ("plain", 0.9, 0.7), ("kept", 0.8, 0.1), ("untuned", 0.0, 0.0),
+    ]  # fmt: skip
+    assert "plain loses 70 % (s.e. 5) for a gain of 90 %" in record.sentences[-1]
+    assert {panel.axes for panel in record.panels} == {"shares"}
     linear = {p.series: p for p in record.points if p.panel == "linear attention"}
     assert linear["full"].x == pytest.approx(1.0, abs=1e-6)
     assert linear["full"].predicted > 1.0 > 0.1 > linear["value_only"].predicted
     assert linear["full, held"].predicted < 0.1
     softmax = {p.series: p for p in record.points if p.panel == "softmax transformer"}
+    assert softmax.pop("untuned").measured == 0.0
     assert sorted(softmax) == ["full", "full, held", "full, lambda 0.5", "value_only"]
     assert all(point.se is not None and point.se > 0 for point in softmax.values())
+    assert all(point.x_se is not None and point.x_se > 0 for point in softmax.values())
 
 
 def test_half_way_between_two_transformers() -> None:

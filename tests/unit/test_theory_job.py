@@ -28,6 +28,8 @@ def test_arms_of_a_run(tmp_path: Path) -> None:
     (arm,) = real_arms(tmp_path)
     assert (arm.group, arm.name) == ("real models", "plain")
     assert (arm.gained, arm.lost, arm.se) == pytest.approx((0.875, 0.7, 0.05))
+    assert arm.gained_se == pytest.approx(1.0 / 3.92 / 0.8)  # target_ci95 is (0, 1), before .2
+    assert arm.num_items == 40
 
 
 def study_arm(recipe: str | None, target: str, score: float, retention: float) -> StudyArm:
@@ -43,7 +45,7 @@ def study_arm(recipe: str | None, target: str, score: float, retention: float) -
 
 def test_arms_of_a_study_stand_beside_their_own_base(tmp_path: Path) -> None:
     arms = [
-        study_arm(None, "a", 0.2, 1.0), study_arm("full", "a", 0.6, 0.3),
+        study_arm(None, "a", 0.2, 1.0), study_arm("full learning_rate=0.1", "a", 0.6, 0.3),
         study_arm(None, "b", 0.5, 1.0), study_arm("full", "b", 0.9, 0.8),
     ]  # fmt: skip
     document = StudyDocument(
@@ -51,7 +53,8 @@ def test_arms_of_a_study_stand_beside_their_own_base(tmp_path: Path) -> None:
     )
     (tmp_path / "study.json").write_text(document.to_json(), encoding="utf-8")
     first, second = real_arms(tmp_path)
-    assert (first.name, first.gained, first.lost) == ("full", pytest.approx(0.5), 0.7)
+    assert (first.name, first.family) == ("full learning_rate=0.1", "full")
+    assert (first.gained, first.lost) == (pytest.approx(0.5), 0.7)
     assert (second.gained, second.lost) == pytest.approx((0.8, 0.2))
     assert first.group != second.group
 

@@ -31,9 +31,9 @@ def test_fast_sampler_is_the_literal_model(shots: int, constant: float) -> None:
     head = random_head(world, 3)
     residuals = simulate._Residuals(simulate.stack([head]), world, theta, shots)
     normals = normal(size * residuals.numbers_per_prompt, seed=4)
-    found = residuals.of(normals, size)[:, 0]
-    demos = normals[size * d :].view(size, shots, d + 1)
-    query = normals[: size * d].view(size, 1, d)
+    found = residuals.of(normals, size)[0]
+    demos = normals[size * d :].view(d + 1, shots, size).permute(2, 1, 0)
+    query = normals[: size * d].view(d, 1, size).permute(2, 1, 0)
     root = torch.linalg.cholesky(world.covariance)
     x = torch.cat([demos[..., :d], query], dim=1) @ root.T
     y = x @ theta

@@ -12,10 +12,10 @@ from keepshot import records
 from keepshot.errors import ConfigError
 from keepshot.jobs.workspace import environment, free_name
 from keepshot.progress import Progress
-from keepshot.records import ResultDocument
+from keepshot.records import ResultDocument, SummaryRow
 from keepshot.report.theory import write_theory_report
 from keepshot.study.document import RECORD as STUDY_RECORD
-from keepshot.study.document import StudyDocument
+from keepshot.study.document import StudyArm, StudyDocument
 from keepshot.study.tables import grouped, name_of
 from keepshot.theory.document import RECORD, RealArm, TheoryDocument, TheorySpec
 from keepshot.theory.experiments import run_claims
@@ -77,9 +77,8 @@ def _run_arms(folder: Path) -> list[RealArm]:
     return [
         arm
         for row in listed[1:]
-        if (arm := _arm("real models", row.arm, listed[0].target, row.target,
-                        (row.retention, row.retention_ci95)))
-    ]  # fmt: skip
+        if (arm := _arm(("real models", row.arm, row.arm), listed[0].target, row))
+    ]
 
 
 def _study_arms(folder: Path) -> list[RealArm]:
@@ -88,24 +87,36 @@ def _study_arms(folder: Path) -> list[RealArm]:
     for title, arms in grouped(document.arms):
         untuned = next((arm for arm in arms if arm.recipe is None), None)
         for arm in arms:
-            made = untuned and arm is not untuned and _arm(
-                title, name_of(arm), untuned.target_score, arm.target_score,
-                (arm.retention, arm.retention_ci95),
-            )  # fmt: skip
+            if untuned is None or arm is untuned:
+                continue
+            made = _arm((title, name_of(arm), _family(arm)), untuned.target_score, arm)
             if made:
                 found.append(made)
     return found
 
 
+def _family(arm: StudyArm) -> str:
+    """Return the recipe's own name, without what the study varies of it."""
+    recipe = (arm.recipe or "").split(" ")[0]
+    return recipe if arm.lam is None else f"{recipe}, lambda {arm.lam:g}"
+
+
 def _arm(
-    group: str, name: str, before: float | None, after: float | None,
-    kept: tuple[float | None, tuple[float, float] | None],
-) -> RealArm | None:  # fmt: skip
-    retention, interval = kept
-    if before is None or after is None or retention is None or before >= 1.0:
+    names: tuple[str, str, str], before: float | None, row: SummaryRow | StudyArm
+) -> RealArm | None:
+    """Return an arm by its group, name and family, beside the untuned model's target score."""
+    target = row.target if isinstance(row, SummaryRow) else row.target_score
+    if before is None or target is None or row.retention is None or before >= 1.0:
         return None
-    low, high = interval or (retention, retention)
+    group, name, family = names
+    left = 1.0 - before
     return RealArm(
-        group=group, name=name, gained=(after - before) / (1.0 - before), lost=1.0 - retention,
-        se=(high - low) / 3.92,
+        group=group, name=name, family=family, gained=(target - before) / left,
+        lost=1.0 - row.retention, se=_standard_error(row.retention_ci95),
+        gained_se=_standard_error(row.target_ci95) / left, num_items=row.num_items,
     )  # fmt: skip
+
+
+def _standard_error(interval: tuple[float, float] | None) -> float:
+    """Return the standard error that a 95 % interval stands for."""
+    return (interval[1] - interval[0]) / 3.92 if interval else 0.0

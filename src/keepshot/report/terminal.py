@@ -122,9 +122,10 @@ def instructions_table(document: ResultDocument | JudgeDocument | StudyDocument)
     return table
 
 
-def _table(first: str) -> Table:
+def _table(first: str, *, wraps: bool = False) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="dim")
-    table.add_column(first, max_width=NAME_WIDTH, no_wrap=True, overflow="ellipsis")
+    width = 2 * NAME_WIDTH if wraps else NAME_WIDTH
+    table.add_column(first, max_width=width, no_wrap=not wraps, overflow="ellipsis")
     return table
 
 
@@ -153,7 +154,7 @@ def theory_tables(claim: ClaimRecord) -> list[Table]:
             table.add_row(*(Text(cell) for cell in [*cells, f"{row.z:+.1f}"]))
         tables.append(table)
     if claim.checks:
-        table = _table(f"{claim.claim}: checks")
+        table = _table(f"{claim.claim}: checks", wraps=True)
         for title in ("predicted", "measured", "se"):
             table.add_column(title, justify="right")
         for check in claim.checks:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from keepshot.theory import optima, transformer
-from keepshot.theory.document import ClaimRecord, Panel, Point, TheoryRow
+from keepshot.theory.document import ClaimRecord, Panel, Point, RealArm, TheoryRow
 from keepshot.theory.extensions import blended, flow_with_kl
 from keepshot.theory.lab import Lab, Method
 from keepshot.theory.linear_attention import Attention
@@ -37,8 +37,8 @@ LINEAR, SOFTMAX = "linear attention", "softmax transformer"
 def bridge(lab: Lab) -> ClaimRecord:
     """Set linear attention beside a softmax transformer trained here, and real models if given."""
     real = [
-        Point(panel=arm.group, series=arm.name, x=arm.gained, predicted=None, measured=arm.lost,
-              se=arm.se)
+        Point(panel=arm.group, series=arm.name, family=arm.family, x=arm.gained, predicted=None,
+              measured=arm.lost, se=arm.se, x_se=arm.gained_se)
         for arm in lab.real
     ]  # fmt: skip
     small = lab.changed(d=min(lab.d, DIMENSION), spectrum=None, covariance=None)
@@ -55,15 +55,19 @@ def bridge(lab: Lab) -> ClaimRecord:
         "Of the target's zero-shot error and of few-shot ability on unseen tasks, "
         + "; ".join(words) + ".",
         _verdict(shown[1]["full"], shown[1]["value_only"]),
-        "Real models: " + (_real_words(real) if real else
+        "Real models: " + (_real_words(lab.real) if lab.real else
                            "none here; give a finished run or study with --set study=DIR."),
     ]  # fmt: skip
-    panels = [Panel(name=name, x_title=GAINED, y_title=LOST) for name in (LINEAR, SOFTMAX)]
-    groups = dict.fromkeys(point.panel for point in real)
-    panels += [Panel(name=group, x_title=GAINED, y_title=LOST) for group in groups]
+    names = [LINEAR, SOFTMAX, *dict.fromkeys(arm.group for arm in lab.real)]
+    panels = [
+        Panel(name=name, x_title=GAINED, y_title=LOST, axes="shares", labelled=True)
+        for name in names
+    ]
+    untuned = [Point(panel=name, series="untuned", x=0.0, predicted=None, measured=0.0)
+               for name in names]  # fmt: skip
     return ClaimRecord(
         claim="bridge", sentences=sentences, rows=rows, panels=panels,
-        points=[*linear, *softmax, *real],
+        points=[*linear, *softmax, *real, *untuned],
     )  # fmt: skip
 
 
@@ -89,14 +93,20 @@ def _verdict(full: Point, value_only: Point) -> str:
     )
 
 
-def _real_words(points: Sequence[Point]) -> str:
-    most, least = (
-        chosen(points, key=lambda point: float(point.measured or 0.0)) for chosen in (max, min)
-    )
+def _real_words(arms: Sequence[RealArm]) -> str:
+    most, least = (chosen(arms, key=lambda arm: arm.lost) for chosen in (max, min))
+    counts = sorted({arm.num_items for arm in arms})
+    items = f", n = {' or '.join(map(str, counts))} items each" if counts[0] else ""
     return (
-        f"{len(points)} arms; {most.series} loses most, {_share(most)} for a gain of "
-        f"{100 * most.x:.0f} %, {least.series} least, {_share(least)} for {100 * least.x:.0f} %."
+        f"{len(arms)} arms{items}; {_arm_words(most)}; {_arm_words(least)}, the least of all."
+        if len(arms) > 1
+        else f"one arm{items}; {_arm_words(most)}."
     )
+
+
+def _arm_words(arm: RealArm) -> str:
+    spread = f" (s.e. {100 * arm.se:.0f})" if arm.se else ""
+    return f"{arm.name} loses {100 * arm.lost:.0f} %{spread} for a gain of {100 * arm.gained:.0f} %"
 
 
 def _linear(lab: Lab) -> tuple[list[TheoryRow], list[Point]]:
@@ -137,10 +147,13 @@ def _transformer(lab: Lab) -> list[Point]:
     points: list[Point] = []
     for name in runs[0]:
         gained, lost = (torch.tensor([run[name][i] for run in runs]) for i in range(2))
-        spread = float(lost.std()) / NUM_SEEDS**0.5 if NUM_SEEDS > 1 else None
+        wide, high = (
+            float(shares.std()) / NUM_SEEDS**0.5 if NUM_SEEDS > 1 else None
+            for shares in (gained, lost)
+        )
         points.append(
             Point(panel=SOFTMAX, series=name, x=float(gained.mean()), predicted=None,
-                  measured=float(lost.mean()), se=spread)
+                  measured=float(lost.mean()), se=high, x_se=wide)
         )  # fmt: skip
     return points
 

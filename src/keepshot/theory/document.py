@@ -98,6 +98,21 @@ class TheorySpec(Spec):
             raise ConfigError(f"covariance: {len(self.covariance)} rows for --d {self.d}")
         return self
 
+    def in_words(self) -> str:
+        """Say in which world, and how precisely, everything is computed."""
+        inputs = "of the given covariance" if self.covariance else "of covariance I"
+        if self.spectrum:
+            inputs = "with eigenvalues " + ", ".join(f"{value:g}" for value in self.spectrum)
+        m = self.pretrain_shots
+        shots = "infinitely many" if m is None or m == math.inf else f"{m:g}"
+        exception = " (claim auxiliary: as many as in the test prompt)" if m is None else ""
+        return (
+            f"d = {self.d} inputs {inputs}, sigma2 = {self.sigma2:g}, |theta_0| = {self.norm:g}, "
+            f"pretraining tasks N(0, {self.tau2 or 1 / self.d:g} I) with {shots} demonstrations"
+            f"{exception}; each estimate from at most {self.num_prompts:,} prompts or "
+            f"{self.num_numbers:,} random numbers; seed {self.seed}."
+        )
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -142,6 +157,10 @@ class Point(_Record):
     predicted: float | None
     measured: float | None = None
     se: float | None = None
+    x_se: float | None = None
+    """Standard error of `x`, where that was measured too."""
+    family: str = ""
+    """Series of one family look the same and are joined; the series itself if empty."""
 
 
 class RealArm(_Record):
@@ -150,9 +169,16 @@ class RealArm(_Record):
     group: str
     """The model and what it was tuned for."""
     name: str
+    family: str = ""
+    """The recipe, whatever of it is varied."""
     gained: float
     lost: float
     se: float
+    """Of `lost`."""
+    gained_se: float = 0.0
+    """Of `gained`, the untuned model's score taken as known."""
+    num_items: int = 0
+    """Items behind `lost`."""
 
 
 class Panel(_Record):
@@ -163,6 +189,10 @@ class Panel(_Record):
     y_title: str = "squared error"
     log_x: bool = False
     log_y: bool = False
+    axes: str = ""
+    """Panels of one figure with the same name here have the same axes."""
+    labelled: bool = False
+    """Whether each point is a method, with its name beside it."""
 
 
 class ClaimRecord(_Record):
@@ -187,6 +217,8 @@ class TheoryDocument(_Record):
     checks: list[Check]
     claims: list[ClaimRecord]
     notes: list[str] = Field(default_factory=list)
+    setting: str = ""
+    """World, target, precision and seed, in words."""
 
     def to_json(self) -> str:
         """Return the document as JSON; a claim's rows and checks stand at the top alone."""
@@ -194,7 +226,9 @@ class TheoryDocument(_Record):
         return self.model_dump_json(by_alias=True, indent=1, exclude={"claims": {"__all__": inner}})
 
     @classmethod
-    def of(cls, claims: Sequence[ClaimRecord], notes: Sequence[str] = ()) -> TheoryDocument:
+    def of(
+        cls, claims: Sequence[ClaimRecord], notes: Sequence[str] = (), setting: str = ""
+    ) -> TheoryDocument:
         """Put claims together."""
         return cls(
             schema=1,
@@ -202,6 +236,7 @@ class TheoryDocument(_Record):
             checks=[check for claim in claims for check in claim.checks],
             claims=list(claims),
             notes=list(notes),
+            setting=setting,
         )
 
     @classmethod
@@ -223,7 +258,7 @@ class TheoryDocument(_Record):
             )
             for stored in content.claims
         ]
-        return cls.of(claims, content.notes)
+        return cls.of(claims, content.notes, content.setting)
 
 
 class _StoredClaim(_Record):
@@ -241,6 +276,7 @@ class _Stored(_Record):
     checks: list[Check]
     claims: list[_StoredClaim]
     notes: list[str]
+    setting: str = ""
 
 
 ROUNDING = 1e-6

@@ -198,8 +198,9 @@ def output_moment(q: Tensor, other: Tensor, world: World, theta: Tensor, shots: 
 def _output_moment(
     pair: tuple[Tensor, Tensor], query: QueryMoments, world: World, theta: Tensor, shots: Count
 ) -> Tensor:
-    if isinstance(shots, int | float) and shots == 0:
-        return query.both
+    if isinstance(shots, int | float) and shots == 0:  # no demonstration, so any task
+        batch = torch.broadcast_shapes(query.both.shape[:-2], theta.shape[:-1])
+        return query.both.expand(*batch, *query.both.shape[-2:])
     q, other = pair
     n, total = _per_prompt(shots, q)
     demos, mean = demonstration_moments(world, theta)

@@ -30,7 +30,7 @@ from keepshot.theory.document import (
     TheorySpec,
 )
 from keepshot.theory.extensions import extensions
-from keepshot.theory.lab import SETTLED, Lab, Method, curves
+from keepshot.theory.lab import SETTLED, Lab, Method, between, curves
 from keepshot.theory.linear_attention import Attention, draw_prompts
 
 TARGET, UNSEEN = "target task", "unseen tasks"
@@ -63,11 +63,11 @@ def run_claims(
         notes.append(
             "d = 1 is special: an unseen task is the target or its opposite, each half of the time"
         )
-    return TheoryDocument.of(done, notes)
+    return TheoryDocument.of(done, notes, spec.in_words())
 
 
-def _shots_panels(names: Sequence[str] = (TARGET, UNSEEN), *, log_y: bool = False) -> list[Panel]:
-    return [Panel(name=name, x_title=SHOTS_AXIS, log_x=True, log_y=log_y) for name in names]
+def _shots_panels(names: Sequence[str] = (TARGET, UNSEEN), axes: str = "errors") -> list[Panel]:
+    return [Panel(name=name, x_title=SHOTS_AXIS, log_x=True, axes=axes) for name in names]
 
 
 def _at(rows: Sequence[TheoryRow], method: str, task: str, shots: int) -> TheoryRow | None:
@@ -80,20 +80,16 @@ def _at(rows: Sequence[TheoryRow], method: str, task: str, shots: int) -> Theory
 
 def pretraining(lab: Lab) -> ClaimRecord:
     """Pretraining gives one step of preconditioned gradient descent."""
-    rows = lab.rows("pretraining", [lab.method_pretrained()])
-    points = curves(rows, {"unseen": UNSEEN})
-    for shots in (2, 20):
-        head = lab.pretrained(shots)
+    methods = [lab.method_pretrained()]
+    rows = lab.rows("pretraining", methods)
+    points = curves(lab, rows, methods, {"unseen": UNSEEN})
+    grid = sorted({*lab.spec.shots, *between(lab.spec.shots)})
+    for name, m in (("m = 2", 2), ("m = 20", 20), ("m = n", None)):
         points += [
-            Point(panel=UNSEEN, series=f"pretrained at m = {shots}", x=n,
-                  predicted=lab.error(head, "unseen", n))
-            for n in lab.spec.shots
+            Point(panel=UNSEEN, series=name, x=n,
+                  predicted=lab.error(lab.pretrained(n if m is None else m), "unseen", n))
+            for n in grid
         ]  # fmt: skip
-    matched = [lab.error(lab.pretrained(n), "unseen", n) for n in lab.spec.shots]
-    points += [
-        Point(panel=UNSEEN, series="pretrained at m = n", x=n, predicted=value)
-        for n, value in zip(lab.spec.shots, matched, strict=True)
-    ]
     checks = [_is_gradient_descent(lab), _pretraining_flow(lab), *_pretraining_slope(lab)]
     best = max(lab.spec.shots)
     sentences = [
@@ -175,13 +171,14 @@ def _pretraining_slope(lab: Lab) -> list[Check]:
 def full(lab: Lab) -> ClaimRecord:
     """Full tuning reaches the noise floor at zero shots and ruins few shots."""
     method = lab.method_full()
-    rows = lab.rows("full", [lab.method_pretrained(), method])
+    methods = [lab.method_pretrained(), method]
+    rows = lab.rows("full", methods)
     head, trained = method.predicted(0), method.trained(0)
     plain = lab.without_constant()
     bare_method = plain.method_full()
     bare = bare_method.predicted(0)
     name = "target, no constant channel"
-    points = curves(rows, BOTH)
+    points = curves(lab, rows, methods, BOTH)
     for series, source in (("pretrained", plain.pretrained()), ("full", bare)):
         measured = {n: plain.sampled([bare_method.trained(n)], "target", n)[0]
                     for n in lab.spec.shots} if series == "full" else {}  # fmt: skip
@@ -189,7 +186,7 @@ def full(lab: Lab) -> ClaimRecord:
             Point(panel=name, series=series, x=n, predicted=plain.error(source, "target", n),
                   measured=measured[n][0] if n in measured else None,
                   se=measured[n][1] if n in measured else None)
-            for n in lab.spec.shots
+            for n in sorted({*lab.spec.shots, *between(lab.spec.shots)})
         ]  # fmt: skip
     signal = float(lab.world.squared(lab.theta)) + lab.spec.sigma2
     checks = [
@@ -229,7 +226,8 @@ def full(lab: Lab) -> ClaimRecord:
 def value_only(lab: Lab) -> ClaimRecord:
     """Value-only tuning reaches theta / (d + 4), leaves w alone and keeps few shots."""
     method = lab.method_value_only()
-    rows = lab.rows("value-only", [lab.method_pretrained(), method])
+    methods = [lab.method_pretrained(), method]
+    rows = lab.rows("value-only", methods)
     head = method.predicted(0)
     sampled = train_values(
         lab.pretrained(), lab.world, lab.theta, lab.generator(4), step_size=lab.spec.step_size
@@ -263,7 +261,7 @@ def value_only(lab: Lab) -> ClaimRecord:
     ]
     return ClaimRecord(
         claim="value-only", sentences=sentences, rows=rows, checks=checks,
-        panels=_shots_panels(), points=curves(rows, BOTH),
+        panels=_shots_panels(), points=curves(lab, rows, methods, BOTH),
     )  # fmt: skip
 
 
@@ -303,10 +301,10 @@ def auxiliary(lab: Lab) -> ClaimRecord:
         for name in ("value_only", "value_only_aux", "value_only_joint")
     ]
     rows = lab.rows("auxiliary", methods)
-    change = "aux - value only, unseen"
+    change = "unseen: aux - value_only"
     grid = sorted({*range(1, 61), *(n for n in lab.spec.shots if n > 0)})
-    points, crossings = curves(rows, BOTH), {}
-    for label, m in (("pretrained at m = n", None), ("pretrained at m = inf", math.inf)):
+    points, crossings = curves(lab, rows, methods, BOTH), {}
+    for label, m in (("m = n", None), ("m = inf", math.inf)):
         gaps = [_aux_change(lab, n, m) for n in grid]
         points += [Point(panel=change, series=label, x=n, predicted=gap)
                    for n, gap in zip(grid, gaps, strict=True)]  # fmt: skip
@@ -323,7 +321,7 @@ def auxiliary(lab: Lab) -> ClaimRecord:
         if a is not None and b is not None
     }
     basis = "matched pretraining (m = n)" if fixed is None else f"pretraining at m = {fixed:g}"
-    turn = crossings["pretrained at m = inf"]
+    turn = crossings["m = inf"]
     sentences = [
         f"At {basis} and {most} shots the auxiliary loss takes the target's error from "
         f"{shown['target']} and unseen tasks' from {shown['unseen']}.",
@@ -334,7 +332,7 @@ def auxiliary(lab: Lab) -> ClaimRecord:
     last = Panel(name=change, x_title=SHOTS_AXIS, y_title="change of error", log_x=True)
     return ClaimRecord(
         claim="auxiliary", sentences=sentences, rows=rows, checks=checks,
-        panels=[*_shots_panels(), last], points=points,
+        panels=[*_shots_panels(axes=""), last], points=points,
     )  # fmt: skip
 
 
@@ -372,17 +370,18 @@ SWEEP_SHOTS = 20
 def sweeps(lab: Lab) -> ClaimRecord:
     """Sweep dimension, noise, spectrum and auxiliary weight; shots are swept by other claims."""
     spectrum_free = {"spectrum": None, "covariance": None}
-    axes: list[tuple[str, str, Sequence[float], Callable[[float], Lab]]] = [
-        ("dimension d", "d", (1, 2, 5, 10, 20, 40),
+    axes: list[tuple[str, str, Sequence[float], Sequence[float], Callable[[float], Lab]]] = [
+        ("dimension d", "d", (1, 2, 5, 10, 20, 40), (3, 7, 14, 28),
          lambda x: lab.changed(d=int(x), **spectrum_free)),
-        ("noise sigma2", "sigma2", (0.0, 0.03, 0.1, 0.3, 1.0), lambda x: lab.changed(sigma2=x)),
-        ("spectrum i^-a", "exponent a", (0.0, 0.5, 1.0, 1.5, 2.0),
+        ("noise sigma2", "sigma2", (0.0, 0.03, 0.1, 0.3, 1.0), (0.06, 0.2, 0.45, 0.6, 0.8),
+         lambda x: lab.changed(sigma2=x)),
+        ("spectrum i^-a", "exponent a", (0.0, 0.5, 1.0, 1.5, 2.0), (0.25, 0.75, 1.25, 1.75),
          lambda x: lab.changed(spectrum=_power_law(lab.d, x), covariance=None)),
     ]  # fmt: skip
     rows: list[TheoryRow] = []
     points: list[Point] = []
     panels: list[Panel] = []
-    for panel, title, values, make in axes:
+    for panel, title, values, further, make in axes:
         panels.append(Panel(name=panel, x_title=title, log_x=title == "d", log_y=True))
         for value in values:
             methods = [_closed(name, head) for name, head in _ends(make(value)).items()]
@@ -393,13 +392,23 @@ def sweeps(lab: Lab) -> ClaimRecord:
                       measured=row.measured, se=row.se)
                 for row in own if row.task == "unseen"
             ]  # fmt: skip
+        for value in further:  # for the curve alone
+            world = make(value)
+            points += [
+                Point(panel=panel, series=name, x=value,
+                      predicted=world.error(head, "unseen", SWEEP_SHOTS))
+                for name, head in _ends(world).items()
+            ]  # fmt: skip
     panels.append(Panel(name="auxiliary weight", x_title="weight of the few-shot loss", log_x=True))
-    for weight in (0.01, 0.1, 1.0, 10.0, 100.0):
+    for index in range(33):
+        weight = 10.0 ** (index / 8 - 2)
         head = optima.value_only_joint(lab.pretrained(), lab.world, lab.theta, SWEEP_SHOTS, weight)
-        kinds = {"target, 0 shots": ("target", 0), "target, 20": ("target", SWEEP_SHOTS),
-                 "unseen, 20": ("unseen", SWEEP_SHOTS)}  # fmt: skip
+        kinds = {"target, 0 shots": ("target", 0), "target, 20 shots": ("target", SWEEP_SHOTS),
+                 "unseen, 20 shots": ("unseen", SWEEP_SHOTS)}  # fmt: skip
         for series, (task, shots) in kinds.items():
-            mean, se = lab.sampled([head], task, shots)[0]
+            mean, se = None, None
+            if index % 8 == 0:
+                mean, se = lab.sampled([head], task, shots)[0]
             points.append(
                 Point(panel="auxiliary weight", series=series, x=weight,
                       predicted=lab.error(head, task, shots), measured=mean, se=se)

@@ -36,10 +36,12 @@ def extensions(lab: Lab) -> ClaimRecord:
     rank_points, rank_words = _low_rank(lab)
     soft_points, soft_checks, soft_words = _softmax(lab)
     panels = [
-        Panel(name="partial adaptation, full tuning", x_title="lambda"),
-        Panel(name="partial adaptation, value-only", x_title="lambda"),
-        Panel(name="KL term, full tuning", x_title="weight of the KL term", log_x=True),
-        Panel(name="KL term, value-only", x_title="weight of the KL term", log_x=True),
+        Panel(name="path to full tuning", x_title="lambda of partial adaptation", axes="path"),
+        Panel(
+            name="path to value-only tuning", x_title="lambda of partial adaptation", axes="path"
+        ),
+        Panel(name="KL term, full tuning", x_title="weight", log_x=True, axes="KL"),
+        Panel(name="KL term, value-only", x_title="weight", log_x=True, axes="KL"),
         Panel(name="low-rank update of Q", x_title="rank", log_y=True),
         Panel(name="softmax head, unseen tasks", x_title="demonstrations n", log_x=True),
     ]
@@ -79,9 +81,9 @@ def _points(
 def _partial(lab: Lab) -> tuple[list[TheoryRow], list[Point], str]:
     start = lab.pretrained()
     ends = {
-        "full": ("partial adaptation, full tuning", optima.full_limit(start, lab.world, lab.theta)),
+        "full": ("path to full tuning", optima.full_limit(start, lab.world, lab.theta)),
         "value_only": (
-            "partial adaptation, value-only", optima.value_only(start, lab.world, lab.theta)
+            "path to value-only tuning", optima.value_only(start, lab.world, lab.theta)
         ),
     }  # fmt: skip
     rows: list[TheoryRow] = []
@@ -129,6 +131,9 @@ def _kl_term(lab: Lab) -> tuple[list[TheoryRow], list[Point], str]:
             rows += own
             panel = "KL term, " + ("full tuning" if name == "full" else "value-only")
             points += _points(lab, panel, weight, head, own)
+    for weight in (10.0 ** (k / 8) for k in range(-7, 8) if k % 8):
+        head = optima.value_only_kl(start, lab.world, lab.theta, anchors, FEW, weight)
+        points += _points(lab, "KL term, value-only", weight, head)
     before = {key: lab.error(start, *where) for key, where in AXES.items()}
     held = {key: lab.error(full[1], *where) for key, where in AXES.items()}
     words = (

@@ -170,21 +170,38 @@ class Lab:
         return Method("value_only", lambda _: predicted, lambda _: trained)
 
 
+def between(shots: Sequence[int]) -> list[int]:
+    """Return numbers of shots to draw a smooth curve with, those given left out.
+
+    All up to 10, then about twelve for each factor of ten.
+    """
+    least, most = min(shots), max(shots)
+    grid = {*range(11), *(round(10.0 ** (k / 12)) for k in range(12, 12 * 7))}
+    return sorted(n for n in grid if least < n < most and n not in shots)
+
+
 def curves(
-    rows: Sequence[TheoryRow], panels: Mapping[str, str], methods: Sequence[str] = ()
+    lab: Lab, rows: Sequence[TheoryRow], methods: Sequence[Method], panels: Mapping[str, str]
 ) -> list[Point]:
-    """Turn rows into points of a figure, one panel per task.
+    """Turn rows into points of a figure, one panel per task, with the closed forms between them.
 
     Args:
+        lab: that the rows are of.
         rows: of one claim.
+        methods: that the rows are of.
         panels: task -> name of its panel.
-        methods: those shown; all if empty.
     """
-    return [
+    points = [
         Point(
             panel=panels[row.task], series=row.method, x=row.shots,
             predicted=row.predicted, measured=row.measured, se=row.se,
         )
-        for row in rows
-        if row.task in panels and (not methods or row.method in methods)
+        for row in rows if row.task in panels
     ]  # fmt: skip
+    for method in methods:
+        points += [
+            Point(panel=panel, series=method.name, x=n,
+                  predicted=lab.error(method.predicted(n), task, n))
+            for task, panel in panels.items() for n in between(lab.spec.shots)
+        ]  # fmt: skip
+    return points

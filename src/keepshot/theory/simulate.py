@@ -74,9 +74,9 @@ def sampled_errors(
     while left > 0:
         size = min(chunk, left)
         normals = buffer[: size * residuals.numbers_per_prompt].normal_(generator=generator)
-        squared_BL = residuals.of(normals, size) ** 2
-        sums += squared_BL.sum(0)
-        squares += (squared_BL**2).sum(0)
+        squared_LB = residuals.of(normals, size).square()
+        sums += squared_LB.sum(1)
+        squares += squared_LB.square().sum(1)
         left -= size
     mean = sums / num_prompts
     spread = (squares / num_prompts - mean**2).clamp(min=0.0) * (
@@ -86,9 +86,11 @@ def sampled_errors(
 
 
 class _Residuals:
-    """theta . x_q - f for prompts made of given normals; shapes: B prompts, L heads.
+    """theta . x_q - f for prompts made of given normals; shapes: L heads, B prompts, E = d + 1.
 
-    `white` inputs are standard normal; x is the covariance's root times them.
+    `white` inputs are standard normal; x is the covariance's root times them. Prompts are the last
+    dimension everywhere, so that every product runs over contiguous numbers: a matrix product per
+    prompt, tiny as it is, costs more in calls than in arithmetic.
     """
 
     def __init__(
@@ -96,69 +98,63 @@ class _Residuals:
     ) -> None:
         d, c = world.dimension, world.constant
         self.world, self.task, self.shots, self.num_heads = world, task, shots, len(heads.v)
-        self.root = torch.linalg.cholesky(world.covariance)
-        self.white_v = heads.v[:, :-2] @ self.root
+        root, noise = torch.linalg.cholesky(world.covariance), world.noise.sqrt()
+        self.task_d1 = None if isinstance(task, RandomTasks) else (task @ root)[:, None]
+        self.white_v = heads.v[:, :-2] @ root
         self.label_v, self.constant_v = heads.v[:, -2], c * heads.v[:, -1]
-        reads = torch.cat([heads.q[..., :-2], c * heads.q[..., -1:]], dim=-1)  # of (x, c)
-        scale = torch.eye(d + 1, dtype=torch.float64, device=heads.v.device)
-        scale[:d, :d] = self.root
-        keys = reads @ scale
+        own_task = 0.0 if self.task_d1 is None else torch.outer(self.label_v, self.task_d1[:, 0])
+        self.values_LE = torch.cat([self.white_v + own_task, noise * self.label_v[:, None]], dim=1)
+        """Values of a demonstration's normals; without the label's, where tasks are random."""
+        reads = torch.cat([heads.q[..., :-2] @ root, c * heads.q[..., -1:]], dim=-1)
+        label = reads[:, d : d + 1]
         self.white_q = torch.cat(
-            [self.root.mT @ keys[:, :d], keys[:, d : d + 1], c * keys[:, d + 1 :]], dim=1
+            [root.mT @ reads[:, :d], noise * label, label, c * reads[:, d + 1 :]], dim=1
         )
-        """Rows: the key's weight on white inputs, on the label, on the constant. [L, d+2, d+1]"""
-        self.numbers_per_prompt = shots * (d + 1) + (2 * d if self.random_tasks else d)
-
-    @property
-    def random_tasks(self) -> bool:
-        return isinstance(self.task, RandomTasks)
+        """Rows: the key's weight on white inputs, on white noise, on the label, on the constant;
+        columns: from white inputs and from the constant. [L, d + 3, d + 1]"""
+        self.numbers_per_prompt = shots * (d + 1) + (d if self.task_d1 is not None else 2 * d)
 
     def of(self, normals: Tensor, size: int) -> Tensor:
-        """Return the residuals [B, L] of prompts built from a flat vector of normals."""
+        """Return the residuals [L, B] of prompts built from a flat vector of normals."""
         d, n = self.world.dimension, self.shots
-        white_Bd = normals[: size * d].view(size, d)
+        white_dB = normals[: size * d].view(d, size)
         rest = normals[size * d :]
-        task_Bd = self._white_tasks(rest[size * n * (d + 1) :], size)
+        task_dB = self._white_tasks(rest[size * n * (d + 1) :])
         rows = self.white_q.flatten(0, 1)
-        keys_BLD = torch.addmm(rows[:, d], white_Bd, rows[:, :d].mT).view(size, self.num_heads, -1)
-        own_BL = torch.addmm(self.constant_v, white_Bd, self.white_v.mT)
-        match_BL = (keys_BLD[..., :d] @ white_Bd[..., None])[..., 0] + keys_BLD[..., -1]
-        output_BL = own_BL * match_BL
+        keys = torch.addmm(rows[:, d:], rows[:, :d], white_dB).view(self.num_heads, d + 3, size)
+        own_LB = torch.addmm(self.constant_v[:, None], self.white_v, white_dB)
+        output_LB = own_LB.mul_((keys[:, :d] * white_dB).sum(1).add_(keys[:, -1]))
         if n:
-            demos_BnE = rest[: size * n * (d + 1)].view(size, n, d + 1)
-            output_BL = output_BL + self._read(demos_BnE, keys_BLD, task_Bd)
-        one = len(task_Bd) == 1
-        truth_B = white_Bd @ task_Bd[0] if one else (white_Bd * task_Bd).sum(-1)
-        return truth_B[:, None] - output_BL / (n + 1)
+            demos_EnB = rest[: size * n * (d + 1)].view(d + 1, n, size)
+            output_LB += self._read(demos_EnB, keys, task_dB)
+        return (white_dB * task_dB).sum(0) - output_LB.div_(n + 1)
 
-    def _white_tasks(self, normals: Tensor, size: int) -> Tensor:
-        """Return root' theta, [B or 1, d], so that theta . x is its product with white inputs."""
+    def _white_tasks(self, normals: Tensor) -> Tensor:
+        """Return root' theta, [d, B or 1], so that theta . x is its product with white inputs."""
         if not isinstance(self.task, RandomTasks):
-            return (self.task @ self.root)[None]
-        directions = normals.view(size, self.world.dimension)
-        return self.task.norm * directions / directions.norm(dim=1, keepdim=True)
+            assert self.task_d1 is not None
+            return self.task_d1
+        directions = normals.view(self.world.dimension, -1)
+        return directions * (self.task.norm / directions.square().sum(0).sqrt_())
 
-    def _read(self, demos_BnE: Tensor, keys_BLD: Tensor, task_Bd: Tensor) -> Tensor:
-        """Return sum_i (v . z_i)(k . z_i), [B, L], for demonstrations made of white normals."""
-        label_BL1 = keys_BLD[..., -2:-1]
-        keys_BLE = torch.cat(
-            [
-                keys_BLD[..., :-2] + label_BL1 * task_Bd[:, None],
-                self.world.noise.sqrt() * label_BL1,
-            ],
-            dim=-1,
-        )
-        noise_L1 = (self.world.noise.sqrt() * self.label_v)[:, None]
-        values_BLd = self.white_v + self.label_v[:, None] * task_Bd[:, None]
-        values_BLE = torch.cat([values_BLd, noise_L1.expand(len(task_Bd), -1, 1)], dim=-1)
-        if len(values_BLE) == 1:
-            value_BnL = demos_BnE @ values_BLE[0].mT
-        else:
-            value_BnL = torch.bmm(demos_BnE, values_BLE.mT)
+    def _read(self, demos_EnB: Tensor, keys: Tensor, task_dB: Tensor) -> Tensor:
+        """Return sum_i (v . z_i)(k . z_i), [L, B]; changes `keys`."""
+        d = self.world.dimension
+        value_LnB = (self.values_LE @ demos_EnB.flatten(1)).unflatten(1, demos_EnB.shape[1:])
+        if self.task_d1 is None:
+            signal_1nB = _contracted(task_dB[None], demos_EnB[:d])
+            value_LnB.addcmul_(self.label_v[:, None, None], signal_1nB)
+        keys[:, :d].addcmul_(keys[:, -2:-1], task_dB)
+        key_LnB = _contracted(keys[:, : d + 1], demos_EnB)
         if self.world.constant:
-            value_BnL += self.constant_v
-        read_BLE = torch.bmm(value_BnL.mT, demos_BnE)
-        read_BL = (read_BLE * keys_BLE).sum(-1)
-        if self.world.constant:
-            read_BL = read_BL + value_BnL.sum(1) * keys_BLD[..., -1]
-        return read_BL
+            value_LnB += self.constant_v[:, None, None]
+            key_LnB += keys[:, -1:]
+        return value_LnB.mul_(key_LnB).sum(1)
+
+
+def _contracted(weights_LEB: Tensor, demos_EnB: Tensor) -> Tensor:
+    """Return each prompt's weights times its demonstrations, [L, n, B]."""
+    found = weights_LEB[:, 0, None] * demos_EnB[0]
+    for row in range(1, len(demos_EnB)):
+        found.addcmul_(weights_LEB[:, row, None], demos_EnB[row])
+    return found
