@@ -31,6 +31,7 @@ from keepshot.progress import Progress
 from keepshot.tuning.batch import Padded, Sample, group, pad, read_logits
 from keepshot.tuning.guard import ICLGuard
 from keepshot.tuning.methods import Prepared, training
+from keepshot.tuning.packing import pack, refuse_leaks
 from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.terms import next_token
 
@@ -81,7 +82,10 @@ def run(loop: Loop, losses: list[dict[str, float]], progress: Progress) -> None:
     Raises:
         TrainingError: if the loss or a weight is not a number, naming the step. The module then
             has the weights of the last good copy, and `losses` ends where that was taken.
+        ModelError: if samples are to be packed and the model cannot keep them apart.
     """
+    if loop.recipe.packing:
+        refuse_leaks(loop.prepared.module, loop.head)
     config = loop.prepared.module.config
     use_cache, verbosity = config.use_cache, transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -125,7 +129,7 @@ class _KeepTrainer(Trainer):
             model=loop.prepared.module,
             args=_arguments(loop, place),
             train_dataset=_Samples(loop.samples),
-            data_collator=_collate,
+            data_collator=_pack if loop.recipe.packing else _collate,
             callbacks=[callback],
             processing_class=loop.tokenizer,
         )
@@ -148,7 +152,10 @@ class _KeepTrainer(Trainer):
         step = self.state.global_step
         parts: list[dict[str, Tensor]] = inputs["parts"]
         logits_NV = torch.cat(
-            [read_logits(model, part["ids"], part["read"], self.loop.head) for part in parts]
+            [
+                read_logits(model, part["ids"], part["read"], self.loop.head, part.get("positions"))
+                for part in parts
+            ]
         )
         loss = next_token(logits_NV, torch.cat([part["targets"] for part in parts]))
         # Of the step's tokens some may be in other parts of the batch, or in other processes.
@@ -288,8 +295,15 @@ def _collate(samples: Sequence[Sample]) -> dict[str, Any]:
     return {"parts": [_tensors(pad(part)) for part in group(samples)]}
 
 
+def _pack(samples: Sequence[Sample]) -> dict[str, Any]:
+    return {"parts": [_tensors(row) for row in pack(samples)]}
+
+
 def _tensors(padded: Padded) -> dict[str, Tensor]:
-    return {"ids": padded.ids_BT, "read": padded.read_N, "targets": padded.targets_N}
+    tensors = {"ids": padded.ids_BT, "read": padded.read_N, "targets": padded.targets_N}
+    if padded.positions_BT is not None:
+        tensors["positions"] = padded.positions_BT
+    return tensors
 
 
 def _arguments(loop: Loop, place: Path) -> TrainingArguments:

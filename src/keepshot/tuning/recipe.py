@@ -6,6 +6,7 @@ Knows no torch and no model. Defaults follow what was measured on small instruct
 
 from __future__ import annotations
 
+import operator
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -96,6 +97,9 @@ class Recipe(Spec):
     """Compute activations again in the backward pass: less memory, about a third more time."""
     bf16: bool = False
     """Compute in bfloat16 where that is safe (autocast); weights stay as they are loaded."""
+    packing: bool = Field(default=False, exclude_if=operator.not_)
+    """Put the samples of a batch one behind the other instead of padding them. No sample attends to
+    another, and positions begin anew with each, so that losses stay the same to rounding."""
     save_every: PositiveInt = 50
     """Steps between resume states, where a directory for them is given."""
     report_to: tuple[str, ...] = ()
