@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_args
 
@@ -124,6 +124,41 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
         except yaml.YAMLError:
             raise ConfigError(f"--set {override!r}: {text!r} is not a YAML value") from None
     return result
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 4) -> list[str]:
+    """Word what differs between two dumped specs: dotted keys, with both values.
+
+    Args:
+        before: what was stored.
+        now: what is asked.
+        most: differences that are worded; a last entry counts the others.
+    """
+    old, new = _flat(before), _flat(now)
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    told = [
+        f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}" for key in keys[:most]
+    ]  # fmt: skip
+    return told + ([f"{len(keys) - most} more"] if len(keys) > most else [])
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Return single values by dotted key; items of a list count from 0, and an empty one is none."""
+    if isinstance(content, (list, tuple)):
+        content = {str(number): item for number, item in enumerate(content)}
+    if not isinstance(content, Mapping):
+        return {prefix: content}
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "not given"
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _explain(error: ValidationError, spec: type[BaseModel], source: str) -> str:

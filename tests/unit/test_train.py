@@ -26,7 +26,6 @@ from keepshot.tuning.method_specs import Full, LoRA
 from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.record import TuneRecord
 from keepshot.tuning.terms import kl_divergence
-from keepshot.tuning.tokenised import Extra
 from keepshot.tuning.train import train
 
 Build = Callable[..., LanguageModel]
@@ -211,17 +210,6 @@ def test_bfloat16_is_close_and_the_weights_stay_as_they_were_loaded(fresh_pico: 
         [row["loss"] for row in expected], rel=0.05
     )
     assert {str(weight.dtype) for weight in weights(coarse).values()} == {"torch.float32"}
-
-
-def test_states_of_another_recipe_are_not_taken_up(fresh_pico: Build, tmp_path: Path):
-    state_dir = tmp_path / "state"
-    (state_dir / "checkpoint-3").mkdir(parents=True)
-    (state_dir / "checkpoint-3" / "trainer_state.json").write_text("{}", encoding="utf-8")
-    (state_dir / "checkpoint-3" / "complete").touch()
-    (state_dir / "recipe").write_text("another", encoding="utf-8")
-    extra = Extra(state_dir=state_dir)
-    record = train(recipe(steps=2), fresh_pico("llama"), EXAMPLES, None, extra=extra)
-    assert record.steps == 2
 
 
 def test_the_record_says_what_was_done(fresh_pico: Build, tmp_path: Path):

@@ -6,11 +6,9 @@ ends the run with the weights of the last good copy.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
-import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,11 +31,9 @@ from keepshot.tuning.guard import ICLGuard
 from keepshot.tuning.methods import Prepared, training
 from keepshot.tuning.packing import pack, refuse_leaks
 from keepshot.tuning.recipe import Recipe
+from keepshot.tuning.resume import COMPLETE_FILE, TRAINED_FILE, last_state, states
 from keepshot.tuning.terms import next_token
 
-TRAINED_FILE = "trained.safetensors"
-COMPLETE_FILE = "complete"
-"""Written last into a resume state: without it the state is half-written and never used."""
 GOOD_EVERY = 10
 """Steps between copies of the weights that a failed run falls back on."""
 
@@ -89,7 +85,8 @@ def run(loop: Loop, losses: list[dict[str, float]], progress: Progress) -> None:
     config = loop.prepared.module.config
     use_cache, verbosity = config.use_cache, transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
-    with quiet_transformers(), training(loop.prepared), _state(loop) as place:
+    kept = states(loop.state_dir, loop.recipe, loop.samples)
+    with quiet_transformers(), training(loop.prepared), kept as place:
         try:
             trainer = _KeepTrainer(loop, place, progress)
         except (ValueError, RuntimeError, ImportError) as error:
@@ -101,7 +98,7 @@ def run(loop: Loop, losses: list[dict[str, float]], progress: Progress) -> None:
                 "leave it out"
             ) from error
         try:
-            trainer.train(resume_from_checkpoint=_last_state(place))
+            trainer.train(resume_from_checkpoint=last_state(place))
             trainer.check_weights()
         finally:
             losses.extend(trainer.rows())
@@ -358,39 +355,3 @@ def _checkpointing(recipe: Recipe) -> dict[str, Any]:
     known = TrainingArguments.__dataclass_fields__
     names = ("activation_checkpointing", "gradient_checkpointing")
     return {next(name for name in names if name in known): True}
-
-
-@contextlib.contextmanager
-def _state(loop: Loop) -> Generator[Path]:
-    """Yield the directory of resume states, which is gone once the run has ended by itself."""
-    if loop.state_dir is None:
-        with tempfile.TemporaryDirectory(prefix="keepshot-") as name:
-            yield Path(name)
-        return
-    place = loop.state_dir
-    mark = place / "recipe"
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    if first:
-        ours = mark.exists() and mark.read_text() == loop.recipe.fingerprint()
-        if place.exists() and not ours:
-            shutil.rmtree(place)
-        place.mkdir(parents=True, exist_ok=True)
-        mark.write_text(loop.recipe.fingerprint(), encoding="utf-8")
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    try:
-        yield place
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        raise
-    if first:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-def _last_state(place: Path) -> str | None:
-    """Return the newest complete state."""
-    states = [path.parent for path in place.glob(f"checkpoint-*/{COMPLETE_FILE}")]
-    newest = max(states, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return None if newest is None else str(newest)
