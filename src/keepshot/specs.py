@@ -143,7 +143,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 4) ->
 
 
 def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
-    """Return single values by dotted key; items of a list count from 0, and an empty one is none."""
+    """Return single values by dotted key; the items of a list count from 0."""
     if isinstance(content, (list, tuple)):
         content = {str(number): item for number, item in enumerate(content)}
     if not isinstance(content, Mapping):

@@ -22,7 +22,7 @@ from keepshot.tuning import loop
 from keepshot.tuning.anchors import AnchorKL, cache_teacher, draw_prompts
 from keepshot.tuning.batch import pad, read_logits
 from keepshot.tuning.keep import KL, Mix
-from keepshot.tuning.method_specs import Full, LoRA
+from keepshot.tuning.method_specs import Full, LoRA, ProMoT
 from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.record import TuneRecord
 from keepshot.tuning.terms import kl_divergence
@@ -199,6 +199,14 @@ def test_parts_of_a_batch_and_checkpointing_change_nothing(method: Any, fresh_pi
     recomputed = tune(again, method=method, keep=keep, learning_rate=1e-3, checkpointing=True)
     assert recomputed.losses == expected.losses
     assert equal(weights(again), weights(whole))
+
+
+def test_checkpointing_changes_nothing_under_a_soft_prompt(fresh_pico: Build):
+    method = ProMoT(tokens=3, prompt_steps=3, then=LoRA(rank=2))
+    plain, again = fresh_pico("llama"), fresh_pico("llama")
+    expected = tune(plain, method=method, steps=3)
+    assert tune(again, method=method, steps=3, checkpointing=True).losses == expected.losses
+    assert len({row["loss"] for row in expected.losses}) == 6
 
 
 def test_bfloat16_is_close_and_the_weights_stay_as_they_were_loaded(fresh_pico: Build):

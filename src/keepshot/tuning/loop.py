@@ -278,8 +278,14 @@ class _EachStep(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         latest = self._trainer.latest
         if self._trainer.loop.recipe.report_to:
-            rest = {f"train/{key}": value for key, value in latest.items() if key != "step"}
-            self._trainer.log(rest)
+            terms = {term.name for term in self._trainer.loop.terms}
+            self._trainer.log(
+                {
+                    f"keep/{key}" if key in terms else key: value
+                    for key, value in latest.items()
+                    if key != "step"
+                }
+            )
         # The Trainer keeps this list in its resume state.
         state.log_history.append({"step": state.global_step, "keepshot": latest})
         if state.global_step >= state.max_steps:

@@ -260,6 +260,13 @@ class _Prompted(nn.Module):
     def forward(self, **inputs: Any) -> Any:
         return self.model(**inputs)
 
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        # The Trainer asks what it is given, which for other methods is the model itself.
+        newer = getattr(self.model, "activation_checkpointing_enable", None)
+        (newer or self.model.gradient_checkpointing_enable)(*args, **kwargs)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
+
 
 def _prepare_prompt(module: Any) -> Prepared:
     prompts = attached(module)

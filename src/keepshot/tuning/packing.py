@@ -18,6 +18,7 @@ from torch import Tensor
 
 from keepshot.errors import ModelError
 from keepshot.tuning.batch import Padded, Sample, read_logits
+from keepshot.tuning.live import evaluating
 
 ROW_TOKENS = 512
 """A row is not made longer than this: masked attention still computes what is masked, which grows
@@ -65,7 +66,7 @@ def refuse_leaks(module: Any, head: Any) -> None:
     """Try on a few tokens whether the model keeps packed samples apart.
 
     Args:
-        module: the causal language model, however wrapped; in evaluation mode.
+        module: the causal language model, however wrapped.
         head: the module that maps hidden states to logits.
 
     Raises:
@@ -78,10 +79,13 @@ def refuse_leaks(module: Any, head: Any) -> None:
     told = f"model family {family!r} cannot be packed:"
     advice = "leave packing out; rows of like length share a batch then"
     try:
-        beside = _of_second(module, head, first, second)
-        again = _of_second(module, head, other, second)
-        alone = _logits(module, head, _in_one_row([second]))
+        with evaluating(module):
+            beside = _of_second(module, head, first, second)
+            again = _of_second(module, head, other, second)
+            alone = _logits(module, head, _in_one_row([second]))
     except TypeError as error:
+        if "position_ids" not in str(error):
+            raise
         raise ModelError(f"{told} it takes no positions ({error}); {advice}") from None
     spread = float(alone.std()) or 1.0
     if float((beside - again).abs().max()) > MOST_LEAK * spread:
