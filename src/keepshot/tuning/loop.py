@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ from keepshot.tuning.methods import Prepared, training
 from keepshot.tuning.packing import pack, refuse_leaks
 from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.resume import COMPLETE_FILE, TRAINED_FILE, last_state, states
+from keepshot.tuning.sharding import sharded
 from keepshot.tuning.terms import next_token
 
 GOOD_EVERY = 10
@@ -70,6 +71,8 @@ class Loop:
     guard: ICLGuard | None = None
     """Watches, if there is one; needs `tokenizer`."""
     tokenizer: Any = None
+    whole: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Filled by a run in which the model was divided among processes: all of its weights."""
 
 
 def run(loop: Loop, losses: list[dict[str, float]], progress: Progress) -> None:
@@ -100,6 +103,7 @@ def run(loop: Loop, losses: list[dict[str, float]], progress: Progress) -> None:
         try:
             trainer.train(resume_from_checkpoint=last_state(place))
             trainer.check_weights()
+            loop.whole.update(trainer.gathered())
         finally:
             losses.extend(trainer.rows())
             config.use_cache = use_cache
@@ -192,6 +196,12 @@ class _KeepTrainer(Trainer):
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self._trained()):
             self._fail(f"a weight is not a number after step {self.state.global_step}")
 
+    def gathered(self) -> dict[str, Tensor]:
+        """Return all weights by name where the model is divided among processes; else nothing."""
+        if not self.is_fsdp_enabled:
+            return {}
+        return self.accelerator.get_state_dict(self.model_wrapped)
+
     def rows(self) -> list[dict[str, float]]:
         """Return one row a step, those before a resume included."""
         history: list[dict[str, Any]] = self.state.log_history
@@ -253,10 +263,12 @@ class _KeepTrainer(Trainer):
                 prepared.parameters[name].mul_(1.0 - rate * mask)
 
     def _trained(self) -> list[Tensor]:
-        return list(self.loop.prepared.parameters.values())
+        return [parameter for _, parameter in self._named()]
 
     def _named(self) -> list[tuple[str, Tensor]]:
-        return list(self.loop.prepared.parameters.items())
+        # Where a model is divided among processes, its parameters are other ones by now.
+        prepared = self.loop.prepared
+        return [(n, p) for n, p in prepared.module.named_parameters() if n in prepared.parameters]
 
     def _fail(self, what: str) -> None:
         rate = self.loop.recipe.learning_rate
@@ -323,8 +335,13 @@ def _arguments(loop: Loop, place: Path) -> TrainingArguments:
     schedulers = {
         "constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"
     }  # fmt: skip
+    on_cpu = next(loop.prepared.module.parameters()).device.type == "cpu"
+    divided = sharded(recipe, on_cpu=on_cpu, processes=processes)
+    # A resume state holds whole weights, which no process has then.
+    saves = loop.state_dir is not None and not divided
     return TrainingArguments(
         output_dir=str(place),
+        **divided,
         max_steps=recipe.steps,
         per_device_train_batch_size=at_once,
         gradient_accumulation_steps=recipe.accumulate,
@@ -343,9 +360,9 @@ def _arguments(loop: Loop, place: Path) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
-        use_cpu=next(loop.prepared.module.parameters()).device.type == "cpu",
+        use_cpu=on_cpu,
         seed=recipe.seed,
-        save_strategy="no" if loop.state_dir is None else "steps",
+        save_strategy="steps" if saves else "no",
         save_steps=recipe.save_every,
         eval_strategy="no",
         logging_strategy="no",
