@@ -171,7 +171,10 @@ def _explain(error: ValidationError, spec: type[BaseModel], source: str) -> str:
         return f"{source}: key `{place}` is unknown{hint}"
     if first["type"] == "missing":
         return f"{source}: key `{place}` is missing"
-    return f"{source}: `{place}` = {first['input']!r}: {first['msg']}"
+    message = first["msg"].removeprefix("Value error, ")
+    if isinstance(first["input"], (dict, BaseModel)):
+        return f"{source}: {f'`{place}`: ' if first['loc'] else ''}{message}"
+    return f"{source}: `{place}` = {first['input']!r}: {message}"
 
 
 def _known_keys(spec: type[BaseModel], path: Sequence[int | str]) -> set[str]:

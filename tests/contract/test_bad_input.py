@@ -94,7 +94,7 @@ EARLY: list[tuple[str, str]] = [
     ("tune --model base --data few.jsonl --keep none --set fsdp=absent.yaml", "no such file"),
     (
         "tune --model base --data few.jsonl --keep none --set fsdp=recipe.yaml",
-        "recipe.yaml: key `name` is unknown",
+        "recipe.yaml: key `arms` is unknown",
     ),
     ("blend base other", "--lambda"),
     ("blend base other --sweep 0:1", "0:1"),
