@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import sys
 import time
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from keepshot.assets import AssetStore
 from keepshot.judging.answers import answer_prompts, rendered
@@ -41,6 +43,12 @@ from keepshot.tasks.instruction_templates import embedded_set
 MODEL = "smollm2-135m-instruct"
 CLOCK = time.perf_counter
 BATCH = 16
+ANSWERS = Path(__file__).parent.parent / "tests" / "golden" / "generations.jsonl"
+VERDICTS = (8, 50, 100, 300)
+"""Most tokens of a written verdict: 8 as `ServerJudge` asks for; else as alpaca-eval 0.6.6 sets up
+its annotators: 50 where the judge names an output (those of local Hugging Face models, such as
+`oasst_pythia_12b`), 100 where it ranks both (`alpaca_eval_gpt4`, `alpaca_eval_llama3_70b_fn`), 300
+where it explains itself first (`alpaca_eval_cot_gpt4_turbo_fn`)."""
 
 
 def generate_padded(model: LanguageModel, texts: list[str], max_new_tokens: int) -> list[str]:
@@ -80,21 +88,96 @@ def time_generation(model: LanguageModel, number: int, rounds: int) -> None:
 
 
 def time_judging(model: LanguageModel, number: int, rounds: int) -> None:
-    prompts = [p.prompt for p in embedded_set().part("test", number).prompts]
-    answers = [f"{prompt} That is my answer." for prompt in prompts]
-    pairs = [Pair(p, a, p) for p, a in zip(prompts, answers, strict=True)]
-    seconds: dict[str, list[float]] = {"likelihood": [], "generate": []}
+    """Real answers in both orders: labels by likelihood against verdicts written out.
+
+    One run of generate() gives the time at every length of `VERDICTS`, noted as its tokens come.
+    """
+    comparisons = answered(number)
+    pairs = [Pair(c.instruction, c.candidate, c.reference) for c in comparisons]
+    pairs += [Pair(c.instruction, c.reference, c.candidate) for c in comparisons]
+    texts = [rendered(model, question(pair), Policy()) for pair in pairs]
+    tokens = [len(model.encode(text)) for text in texts]
+    print(f"{len(pairs)} questions of {np.mean(tokens):.0f} tokens on average")
+    seconds: dict[int, list[float]] = {0: []} | {most: [] for most in VERDICTS}
     for _ in range(rounds):
+        engine = Engine(model)
         started = CLOCK()
-        LikelihoodJudge(model).judge(pairs)
-        seconds["likelihood"].append(CLOCK() - started)
-        texts = [rendered(model, question(pair), Policy()) for pair in pairs]
-        started = CLOCK()
-        written = generate_padded(model, texts, 32)
-        seconds["generate"].append(CLOCK() - started)
-        show(seconds, number)
-        unread = sum(read_label(text).first is None for text in written)
-        print(f"generated verdicts without a label: {unread} of {number}")
+        compare(LikelihoodJudge(model, engine=engine), comparisons)
+        seconds[0].append(CLOCK() - started)
+        verdicts, spent = write_verdicts(model, texts)
+        for most in VERDICTS:
+            seconds[most].append(spent[most])
+    ours = min(seconds[0])
+    print(f"likelihood: {ours:.1f} s, {engine.cost.tokens_prefilled} tokens read")
+    for most in VERDICTS:
+        theirs, read = min(seconds[most]), [read_label(v[most]).first for v in verdicts]
+        ratios = [b / a for a, b in zip(seconds[0], seconds[most], strict=True)]
+        print(
+            f"at most {most} tokens: {theirs:.1f} s, likelihood {theirs / ours:.2f} times as fast "
+            f"(rounds {', '.join(f'{ratio:.2f}' for ratio in ratios)}); "
+            f"no label in {sum(one is None for one in read)} of {len(read)}"
+        )
+
+
+def answered(number: int) -> list[Comparison]:
+    """Return real answers of the small model, each against its answer to the next prompt."""
+    rows = [json.loads(line) for line in ANSWERS.read_text("utf-8").splitlines()]
+    answers = {row["key"]: row["output"] for row in rows if row["output"].strip()}
+    prompts = [p for p in embedded_set().prompts if p.key in answers][:number]
+    texts = [answers[prompt.key] for prompt in prompts]
+    others = [*texts[1:], texts[0]]
+    return [Comparison(p.prompt, a, b) for p, a, b in zip(prompts, texts, others, strict=True)]
+
+
+def write_verdicts(
+    model: LanguageModel, texts: list[str]
+) -> tuple[list[dict[int, str]], dict[int, float]]:
+    """Write verdicts with transformers' generate: greedy, padded batches sorted by length.
+
+    Returns:
+        Each verdict as it stands at each length, and the seconds to that length in all.
+    """
+    tokenizer: Any = model.tokenizer
+    tokenizer.padding_side = "left"
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+    seconds = dict.fromkeys(VERDICTS, 0.0)
+    verdicts: dict[int, dict[int, str]] = {}
+    for start in range(0, len(texts), BATCH):
+        chosen = order[start : start + BATCH]
+        clock = StepClock()
+        batch = tokenizer(
+            [texts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=False
+        )
+        with torch.inference_mode():
+            ids = model.module.generate(
+                **batch, max_new_tokens=max(VERDICTS), do_sample=False,
+                stopping_criteria=StoppingCriteriaList([clock]),
+            )  # fmt: skip
+        new = ids[:, batch["input_ids"].shape[1] :]
+        for most in VERDICTS:
+            seconds[most] += clock.spent(most)
+        for i, row in zip(chosen, new, strict=True):
+            verdicts[i] = {
+                most: tokenizer.decode(row[:most], skip_special_tokens=True) for most in VERDICTS
+            }
+    return [verdicts[i] for i in range(len(texts))], seconds
+
+
+class StepClock(StoppingCriteria):
+    """Notes when each token of a batch was there; stops nothing."""
+
+    def __init__(self) -> None:
+        self.began = CLOCK()
+        self.at: list[float] = []
+
+    def __call__(self, ids: Any, _scores: Any, **_: Any) -> Any:
+        """Note the time."""
+        self.at.append(CLOCK())
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    def spent(self, most: int) -> float:
+        """Return the seconds to `most` tokens, or to the end where all rows ended before."""
+        return self.at[min(most, len(self.at)) - 1] - self.began
 
 
 def show(seconds: dict[str, list[float]], number: int) -> None:
@@ -105,11 +188,13 @@ def show(seconds: dict[str, list[float]], number: int) -> None:
 
 
 def check_sanity(model: LanguageModel, number: int) -> None:
-    prompts = [p.prompt for p in embedded_set().part("test", number).prompts]
-    answers = answer_prompts(model, prompts, Policy())
-    outputs = Outputs(model.reference, {a.prompt: a.text for a in answers})
+    """Real answers against themselves, their shuffled words, and the answer to the next prompt."""
+    # Half as many again, because answers of a few words cannot be shuffled.
+    real = answered(number + number // 2)
+    outputs = Outputs(MODEL, {c.instruction: c.candidate for c in real})
+    known = {**sanity_comparisons(outputs, most=number), "another prompt's": real[:number]}
     judge = LikelihoodJudge(model)
-    for name, comparisons in sanity_comparisons(outputs).items():
+    for name, comparisons in known.items():
         rate = win_rate(compare(judge, comparisons), (name, "itself"), (judge.identity, ""))
         low, high = rate.win_rate_ci95
         print(

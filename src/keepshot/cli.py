@@ -182,6 +182,7 @@ def blend(
     target: option.Target = None,
     pick: option.Pick = None,
     follow: option.Follow = None,
+    restore: option.Restore = None,
     shots: option.Shots = None,
     seeds: option.Seeds = None,
     limit: option.Limit = None,
@@ -206,6 +207,7 @@ def blend(
         tasks=option.names(tasks), shots=option.whole_numbers("--shots", shots), seeds=seeds,
         limit=limit, seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code,
         check="none" if no_check else None, following=option.following(follow),
+        restore=option.names(restore),
     )  # fmt: skip
     spec = blend_spec(None if tuned else Path(base), given, set_ or [])
     if spec.sweep is None:
@@ -228,7 +230,7 @@ def judge(
     prompts: option.Prompts = None,
     ifeval: option.IFEval = None,
     limit: option.Limit = None,
-    sanity: option.Sanity = False,
+    no_sanity: option.NoSanity = False,
     out: option.Out = None,
     as_json: option.Json = False,
     seed: option.Seed = None,
@@ -243,7 +245,7 @@ def judge(
 
     given = option.given(
         candidate=candidate, reference=reference, judges=by, prompts=prompts, ifeval=ifeval,
-        limit=limit, sanity=sanity, seed=seed, device=device, dtype=dtype,
+        limit=limit, sanity=False if no_sanity else None, seed=seed, device=device, dtype=dtype,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     spec = judge_spec(given, set_ or [])

@@ -81,6 +81,10 @@ Lambda = Annotated[float | None, typer.Option("--lambda", help="Write base + LAM
 Sweep = Annotated[str | None, typer.Option("--sweep", help="START:STOP:STEP, or 0,.5,1.")]
 Target = Annotated[str | None, typer.Option("--target", help="File or task tuned for.")]
 Pick = Annotated[str | None, typer.Option("--pick", help="Rule, such as keep-target:0.9.")]
+Restore = Annotated[
+    str | None,
+    typer.Option("--restore", help="Put back one part at a time: blocks, kinds, or both."),
+]
 NoCheck = Annotated[
     bool, typer.Option("--no-check", help="Write without hashing and without reading it again.")
 ]
@@ -97,7 +101,7 @@ Prompts = Annotated[str | None, typer.Option("--prompts", help="Prompts to answe
 IFEval = Annotated[
     str | None, typer.Option("--ifeval", help="Put verifiable instructions to this MODEL.")
 ]
-Sanity = Annotated[bool, typer.Option("--sanity", help="Test the judge itself too.")]
+NoSanity = Annotated[bool, typer.Option("--no-sanity", help="Do not test the judge itself.")]
 
 # -- study -------------------------------------------------------------------------------------
 

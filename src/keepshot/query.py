@@ -12,13 +12,19 @@ import pyarrow as pa
 from keepshot.errors import ConfigError
 from keepshot.records import ResultDocument, read_item_table
 
+STUDY_TABLES = {
+    "study": "frame.parquet",
+    "study_scores": "scores.parquet",
+    "study_instructions": "instructions.parquet",
+}
+
 
 def query(sql: str, run_dirs: Sequence[Path]) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Run `sql` on tables `items`, `scores`, `summary`, `path`, `training` and `instructions`.
 
-    Of studies there are `study`, a row for each item put to each model, and `study_scores`. Each
-    table has a first column `run` with the name of the directory. Files cannot be reached
-    from the query.
+    Of studies there are `study`, a row for each item put to each model, `study_scores`, and
+    `study_instructions` where some were put. Each table has a first column `run` with the name of
+    the directory. Files cannot be reached from the query.
 
     Returns:
         Column names, and rows.
@@ -44,8 +50,9 @@ def query(sql: str, run_dirs: Sequence[Path]) -> tuple[list[str], list[tuple[Any
 
 def _study_tables(studies: Sequence[Path]) -> dict[str, pa.Table]:
     found: dict[str, pa.Table] = {}
-    for name, file in (("study", "frame.parquet"), ("study_scores", "scores.parquet")):
-        parts = [_named(read_item_table(place / file), place.name) for place in studies]
+    for name, file in STUDY_TABLES.items():
+        places = [place for place in studies if (place / file).exists()]
+        parts = [_named(read_item_table(place / file), place.name) for place in places]
         if parts:
             # Studies differ in their tags, which are columns too.
             found[name] = pa.concat_tables(parts, promote_options="permissive")

@@ -167,6 +167,15 @@ class PathPoint(_Record):
     recall_ci95: tuple[float, float] | None = None
 
 
+class RestoredPart(PathPoint):
+    """The tuned model with one part put back to what it was before tuning.
+
+    `part` names a block of layers ("block 3") or what weights are for ("mlp").
+    """
+
+    part: str
+
+
 class TrainingRecord(_Record):
     """How one arm was tuned."""
 
@@ -236,6 +245,8 @@ class ResultDocument(_Record):
     cost: Cost
     target_task: str | None = None
     path: list[PathPoint] = Field(default_factory=list)
+    restored: list[RestoredPart] = Field(default_factory=list)
+    """What returns where one part of the tuned model is the base's again; empty if not asked."""
     pick: PickRecord | None = None
     training: list[TrainingRecord] = Field(default_factory=list)
     instructions: list[InstructionScore] = Field(default_factory=list)

@@ -101,6 +101,8 @@ def show_study(document: StudyDocument, out_dir: Path | None) -> None:
         for arm in arms:
             table.add_row(Text(name_of(arm)), *(Text(figure) for figure in figures(arm)))
         console.print(table)
+    if document.instructions:
+        console.print(instructions_table(document))
     for failure in document.failures:
         reason = failure["reason"].splitlines()[0]
         console.print(escape(f"failed: {failure['label']}: {reason}"), highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from keepshot.assets import AssetStore
 from keepshot.jobs.recipes import run_spec
 from keepshot.jobs.run import run
+from keepshot.jobs.target import load_target
 from keepshot.jobs.workspace import Workspace
 from keepshot.models.loading import load
 from keepshot.progress import Silent
@@ -24,7 +26,13 @@ SHORTENED = [
 
 @pytest.mark.real
 def test_plain_tuning_destroys_and_the_recipe_keeps(tmp_path: Path, store: AssetStore) -> None:
-    spec = run_spec(None, {}, SHORTENED)
+    # The demo's target from a file, which is split to a few items to measure on.
+    known = load_target("support", store)
+    examples = (*known.train, *known.validation[:80])
+    rows = [{"input": e.input, "output": e.output, "choices": e.choices} for e in examples]
+    target = tmp_path / "support.jsonl"
+    target.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    spec = run_spec(None, {"data": str(target)}, SHORTENED)
     arms = {arm: recipe for arm, recipe in spec.arms.items() if arm != "gentle"}
     shortened = spec.model_copy(update={"arms": arms})
     run(shortened, store, Workspace(tmp_path / "out", shortened), Silent())

@@ -11,6 +11,7 @@ from keepshot.records import (
     InstructionScore,
     ItemResult,
     PickRecord,
+    RestoredPart,
     ResultDocument,
     write_items,
     write_text,
@@ -20,6 +21,7 @@ from keepshot.report.along import conduct_chart, relative_chart, tasks_along_cha
 from keepshot.report.figures import trajectory_chart
 from keepshot.report.flips import flips
 from keepshot.report.following import following_chart
+from keepshot.report.restored import restored_chart
 from keepshot.scoring.summary import path_points, summarise
 
 
@@ -144,6 +146,19 @@ def test_few_shot_against_instructions_has_its_own_pareto_set() -> None:
     assert rings == {(0.5, 0.8), (0.7, 0.2)}
     assert following_chart(document()) is None
     assert following_chart(whole.model_copy(update={"instructions": rows[:1]})) is None
+
+
+def test_parts_put_back_are_drawn_between_their_two_ends() -> None:
+    found = document()
+    middle = found.path[1].model_dump()
+    parts = [RestoredPart(part=name, **middle) for name in ("block 0", "block 1", "mlp")]
+    drawn = restored_chart(found.model_copy(update={"restored": parts}))
+    shown = {(row["part"], row["value"]) for row in values(drawn) if "part" in row}
+    expected = (middle["icl"], middle["target"])
+    assert shown == {(part.part, value) for part in parts for value in expected}
+    ends = [row["at"] for row in values(drawn) if "at" in row]
+    assert sorted(set(ends)) == pytest.approx([0.1, 0.2, 0.8])  # 2, 4, 16 and 16 of 20
+    assert restored_chart(found) is None
 
 
 def test_pairs_are_drawn_against_their_own_tuned_model() -> None:

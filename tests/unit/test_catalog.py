@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -18,6 +19,7 @@ from keepshot.assets import ASSETS, AssetStore
 from keepshot.errors import TaskError
 from keepshot.tasks import sentences
 from keepshot.tasks.catalog import CATALOG, SUITES, load_task, resolve_tasks, task_from_file
+from keepshot.tasks.targets import REQUESTS
 from keepshot.tasks.task import Task
 
 OWN = [name for name, entry in CATALOG.items() if not entry.assets]
@@ -68,7 +70,9 @@ def test_anchors_share_nothing_with_the_suites_or_the_target() -> None:
 
 def test_targets_are_in_no_suite_and_their_domains_in_none() -> None:
     targets = [name for name, entry in CATALOG.items() if entry.role == "target"]
-    assert targets == ["support", "instructions", "instructions-homogeneous"]
+    assert targets == [
+        "support", "instructions", "instructions-homogeneous", "request-letters", "worked-sums",
+    ]  # fmt: skip
     measured = {name for names in SUITES.values() for name in names}
     assert not measured & set(targets)
     domains = {CATALOG[name].domain for name in measured}
@@ -243,3 +247,23 @@ def test_listing_the_catalog_loads_nothing_that_takes_time() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout == "[]\n"
+
+
+def test_worked_sums_are_right(built: dict[str, Task]) -> None:
+    for example in built["worked-sums"].train:
+        groups, each, change = map(int, re.findall(r"\d+", example.input))
+        total = groups * each
+        result = total - change if "gives" in example.input else total + change
+        numbers = [int(number) for number in re.findall(r"\d+", example.output)]
+        assert numbers == [groups, each, total, total, change, result, result]
+
+
+def test_a_letter_asks_for_one_thing(built: dict[str, Task]) -> None:
+    for example in built["request-letters"].train:
+        asked = {
+            label
+            for label, wordings in REQUESTS.items()
+            if any(wording in example.input for wording in wordings)
+        }
+        assert asked == {example.output}
+        assert len(re.findall(r"[.?] |[.?]$", example.input)) == 5

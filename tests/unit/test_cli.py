@@ -27,7 +27,7 @@ SURFACE = {
     | {"--lambda", "--sweep", "--tasks", "--target", "--pick", "--shots", "--seeds", "--limit"}
     | {"--accept-licence", "--no-check", "--follow"},
     "judge": SPEC - {"--overwrite"}
-    | {"--judge", "--prompts", "--ifeval", "--limit", "--sanity", "--accept-licence"},
+    | {"--judge", "--prompts", "--ifeval", "--limit", "--no-sanity", "--accept-licence"},
     "study": SPEC
     | {"--engine", "--workers", "--plan", "--status", "--limit-minutes", "--yes", "--retry"}
     | {"--accept-licence"},

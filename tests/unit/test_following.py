@@ -12,10 +12,9 @@ import pytest
 from keepshot.assets import AssetStore
 from keepshot.errors import ModelError, TaskError
 from keepshot.jobs.following import Follower
-from keepshot.jobs.specs import Following
 from keepshot.judging.answers import answer_prompts, rendered, style_of
 from keepshot.judging.follow import Examiner, instruction_scores, load_set
-from keepshot.judging.policy import Policy
+from keepshot.judging.policy import Following, Policy
 from keepshot.models.loading import LanguageModel
 from keepshot.progress import Silent
 from keepshot.records import InstructionRow, read_instructions, write_instructions

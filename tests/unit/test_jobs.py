@@ -323,8 +323,17 @@ def test_blend_writes_one_point_and_sweeps_a_path(
     again = ["--sweep", "0:1:0.5", *arguments, *target, "--set", "stream=true", "--out", "streamed"]
     assert status("blend", "other", "base", *again) == 0
     assert ResultDocument.read(workplace / "streamed").path == document.path
-    rule = ["--set", "rule.kinds.mlp=0", "--no-check", "--pick", "best-icl", "--out", "frozen"]
-    assert status("blend", "other", "base", "--sweep", "0.5", *arguments, *rule) == 0
+    kinds = [*arguments, "--no-check", "--pick", "best-icl"]
+    rule = ["--sweep", "0.5,1", "--set", "rule.kinds.mlp=0", "--out", "frozen"]
+    assert status("blend", "other", "base", *kinds, *rule) == 0
+    put_back = ["--sweep", "0", "--restore", "kinds", "--out", "restored"]
+    assert status("blend", "other", "base", *kinds, *put_back) == 0
+    document = ResultDocument.read(workplace / "restored")
+    assert [part.part for part in document.restored][-3:] == ["norms", "embeddings", "head"]
+    [alike] = [part for part in document.restored if part.part == "mlp"]
+    [ruled] = [p for p in ResultDocument.read(workplace / "frozen").path if p.lam == 1.0]
+    assert alike.model_dump(exclude={"part"}) == ruled.model_dump()
+    assert "Where the damage sits" in (workplace / "restored" / "report.html").read_text("utf-8")
     with (
         TensorReader(workplace / "frozen" / "model") as mixed,
         TensorReader(workplace / "other") as first,

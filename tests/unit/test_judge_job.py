@@ -54,6 +54,10 @@ def test_measure_follows_instructions_too(
     rows = read_instructions(workplace / "out" / "instructions.parquet")
     assert [row.prompt for row in rows[:4]] == [row.prompt for row in rows[4:]]
     assert [row.answer for row in rows[:4]] != [row.answer for row in rows[4:]]
+    page = (workplace / "out" / "report.html").read_text("utf-8")
+    table = page.partition('<table id="instructions">')[2].partition("</table>")[0]
+    assert table.count("<tr>") == 3
+    assert "embedded, all, repaired, raw" in table
 
 
 def test_a_path_has_a_point_for_every_lambda(workplace: Path) -> None:
@@ -113,7 +117,7 @@ def test_a_run_follows_instructions_on_every_arm(workplace: Path) -> None:
 def test_judging_two_models_and_a_file(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = (
         "judge", "base", "other", "--judge", "base", "--prompts", "prompts.jsonl",
-        "--set", "answers.max_new_tokens=12", "--sanity", "--json",
+        "--set", "answers.max_new_tokens=12", "--json",
     )  # fmt: skip
     assert status(*command, "--out", "first") == 0
     document = JudgeDocument.model_validate_json(capsys.readouterr().out)
@@ -134,7 +138,35 @@ def test_judging_two_models_and_a_file(workplace: Path, capsys: pytest.CaptureFi
     assert code == 0
     again = JudgeDocument.model_validate_json(capsys.readouterr().out)
     assert [r.win_rate for r in again.win_rates] == pytest.approx([rate.win_rate] * 2)
+    assert "a file of judgements cannot be asked" in "".join(again.notes)
     assert again.agreement[0].same_side == 1.0
+
+
+def test_every_judge_is_tested(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "one two three four five six seven eight nine ten"
+    for name in ("ours", "theirs"):
+        rows = [
+            {"instruction": f"Say {number}.", "output": f"{name} {words}", "generator": name}
+            for number in range(20)
+        ]
+        Path(f"{name}.json").write_text(json.dumps(rows), "utf-8")
+    command = ("judge", "ours.json", "theirs.json", "--judge", "base", "--judge", "other", "--json")
+    assert status(*command) == 0
+    document = JudgeDocument.model_validate_json(capsys.readouterr().out)
+    tested = [(r.judge[:5], r.candidate, r.num_comparisons) for r in document.sanity]
+    assert tested == [
+        (name, f"answers against {what}", 16)
+        for name in ("base ", "other")
+        for what in ("itself", "their words shuffled")
+    ]
+    assert [r.win_rate for r in document.sanity[::2]] == pytest.approx([50.0, 50.0])
+    # Weights drawn at random read nothing, and that is said.
+    failed = [r.judge for r in document.sanity[1::2] if r.discrete_win_rate < 80.0]
+    said = [n for n in document.notes if "does not tell an answer from its shuffled words" in n]
+    assert failed
+    assert [n.partition(" does not")[0] for n in said] == failed
+    assert status(*command, "--no-sanity") == 0
+    assert JudgeDocument.model_validate_json(capsys.readouterr().out).sanity == []
 
 
 def test_verifiable_instructions_of_one_model(

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from command import status
 from keepshot.errors import ServerError, TaskError
 from keepshot.judging.judges import MOST_CHARACTERS, LikelihoodJudge, question, read_label
 from keepshot.judging.length_control import Gamed, control_length, shrunken_win_rate
@@ -235,8 +237,8 @@ SERVER = """
 """
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+@contextmanager
+def serving() -> Iterator[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(SERVER)], stdout=subprocess.PIPE, text=True
     )
@@ -246,6 +248,12 @@ def address() -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with serving() as url:
+        yield url
 
 
 def test_a_server_is_asked_again_until_it_answers_and_never_twice(
@@ -268,6 +276,44 @@ def test_a_server_is_asked_again_until_it_answers_and_never_twice(
     again = ServerJudge(server, journal=journal, sleep=waits.append)
     assert compare(again, comparisons) == judgements
     assert again.num_asked == 3
+
+
+def test_the_command_goes_on_without_asking_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KEEPSHOT_JUDGE_KEY", "secret")
+    words = "one two three four five six seven eight"
+
+    def write(prompts: Sequence[str]) -> None:
+        for name, answer in (("ours", f"{words} nine"), ("theirs", words)):
+            outputs = Outputs(name, dict.fromkeys(prompts, answer))
+            write_outputs(outputs, tmp_path / f"{name}.json")
+
+    with serving() as url:
+        command = ["judge", "ours.json", "theirs.json", "--judge", f"m@{url}", "--out", "out",
+                   "--set", "tries=2", "--set", "first_wait=0", "--set", "workers=1"]  # fmt: skip
+        write(["a", "b", "down"])
+        assert status(*command) == 2
+        assert "no answer to a comparison after 2 tries: HTTP 500" in capsys.readouterr().err
+        kept = (tmp_path / "out" / "journal-0.jsonl").read_text("utf-8").splitlines()
+        assert 2 <= len(kept) < 6
+        write(["a", "b", "c"])
+        assert status(*command) == 0
+        assert (tmp_path / "out" / "journal-0.jsonl").read_text("utf-8").splitlines()[:2] == kept[
+            :2
+        ]
+    # Nobody is there any more: all that is said was said before.
+    capsys.readouterr()
+    assert status(*command, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    (rate,) = document["win_rates"]
+    assert (rate["win_rate"], rate["num_judged"], rate["num_failed"]) == (100.0, 3, 0)
+    assert rate["judge"] == f"m at {url}"
+    # This judge goes by length alone, and shuffled words are as long: it is found out.
+    assert document["sanity"][1]["discrete_win_rate"] == 50.0
+    assert "does not tell an answer from its shuffled words" in "".join(document["notes"])
+    assert "secret" not in "".join(p.read_text("utf-8") for p in (tmp_path / "out").iterdir())
 
 
 def test_a_server_that_refuses_or_stays_down_is_named(address: str) -> None:

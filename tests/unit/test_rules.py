@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from keepshot.blending.arithmetic import RowLambda
 from keepshot.blending.blend import same_bits
 from keepshot.blending.parts import check_covers, parts_of, parts_of_directory
-from keepshot.blending.rules import LambdaMap, Part, by_part
+from keepshot.blending.rules import LambdaMap, LambdaRule, Part, by_part, restoring, shares
 from keepshot.blending.sweep import sweep
 from keepshot.blending.write import write
 from keepshot.errors import ConfigError
@@ -107,6 +107,40 @@ def test_values_alone_move_where_asked_and_nothing_else(family: str, fresh_pico:
 
     sweep(base, end, [1.0], check, lambda lam: by_part(only, lam, parts))
     assert all(same_bits(now, before[n]) for n, now in base.module.state_dict().items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_put_back_is_one_block_or_kind_and_all_of_it(
+    family: str, fresh_pico: Build
+) -> None:
+    module = fresh_pico(family).module
+    parts, state = parts_of(module), module.state_dict()
+
+    def put_back(lookup: LambdaRule) -> dict[str, torch.Tensor]:
+        """Return, of every parameter, which elements come from the base."""
+        found: dict[str, torch.Tensor] = {}
+        for name in parts:
+            lam, shape = lookup(name), tuple(state[name].shape)
+            if isinstance(lam, RowLambda):
+                lam = torch.from_numpy(lam.at(0, state[name].numel(), shape).copy()).reshape(shape)
+            found[name] = 1.0 - torch.as_tensor(lam).expand(shape)
+        return found
+
+    size = sum(state[name].numel() for name in parts)
+    blocks = [restoring(share, parts) for share in shares(parts, "blocks")]
+    assert len(blocks) == len(anatomy(module).blocks)
+    outside = sum(state[n].numel() for n, own in parts.items() if own[0].block is None)
+    every = [put_back(lookup) for lookup in blocks]
+    assert sum(int(mask.sum()) for masks in every for mask in masks.values()) == size - outside
+    kinds = {share.label: put_back(restoring(share, parts)) for share in shares(parts, "kinds")}
+    count = {kind: sum(int(mask.sum()) for mask in masks.values()) for kind, masks in kinds.items()}
+    projections = ("query", "key", "value", "output")
+    assert count["attention"] == sum(count[kind] for kind in projections)
+    assert sum(count.values()) - count["attention"] == size
+    value = anatomy(module).blocks[0].value
+    found = kinds["value"][value.parameter]
+    assert bool((value.of(found) == 1).all())
+    assert int(found.sum()) == value.of(found).numel()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -18,6 +18,7 @@ from keepshot.study.grid import StudySpec, check_size
 from keepshot.tasks.catalog import SUITES, TUNABLE
 from keepshot.tuning.keep import TERMS
 from keepshot.tuning.method_specs import METHODS
+from keepshot.tuning.recipe import auto
 
 STUDIES = Path(__file__).parents[2] / "studies"
 SHIPPED = sorted(path.name for path in STUDIES.glob("*.yaml"))
@@ -49,8 +50,8 @@ def test_partial_adaptation_chooses_on_other_items_than_it_reports() -> None:
 def test_targets_are_not_among_what_stands_for_few_shot_ability(name: str) -> None:
     spec = shipped(name)
     asked = {task for ask in spec.asks.values() for task in ask.tasks} - {"target", "core"}
-    assert asked <= set(SUITES["core"])
-    assert not set(spec.targets) & set(SUITES["core"])
+    assert asked <= set(SUITES["full"])
+    assert not set(spec.targets) & asked
     assert set(spec.targets) <= set(TUNABLE)
 
 
@@ -63,9 +64,17 @@ def test_shipped_studies_expand_within_the_limit(name: str, store: AssetStore) -
     wanted = {
         "bridge.yaml": (8, 2 + 16 + 2),
         "keep.yaml": (61, 124),
-        "partial_adaptation.yaml": (108, 8 + 432 + 720),
+        "keep-auto.yaml": (32, 6 + 96),
+        "promot.yaml": (16, 2 + 32),
+        "partial_adaptation.yaml": (108, 8 + 432 + 432),
     }
     assert (kinds.count("tune"), kinds.count("measure")) == wanted[name]
+
+
+def test_auto_is_studied_as_it_is() -> None:
+    recipe = shipped("keep-auto.yaml").recipes["auto"]
+    default = auto("-", model=recipe.model)
+    assert recipe == default
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,17 @@ def test_counting_with_tables_and_without(punkt: Punkt) -> None:
     assert count_sentences("- milk\n- bread\n\nP.S. Eggs too") == 3
     assert count_sentences("One. Two! Three? four") == 4
     assert count_sentences("...\n---\n") == 0
+
+
+def test_nothing_is_fetched_at_import() -> None:
+    """The reference downloads nltk's tables when it is imported; here no connection is tried."""
+    code = (
+        "import socket\n"
+        "def refuse(*_): raise SystemExit('a connection at import')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "import keepshot.judging.follow, keepshot.judging.verifiable.verdict\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_one_text_has_one_language() -> None:

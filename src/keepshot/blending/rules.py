@@ -116,6 +116,47 @@ def by_part(rule: LambdaMap, lam: float, parts: Mapping[str, Sequence[Part]]) ->
             block = 0 if part.kind == "embeddings" else count - 1
         return lam * _at_block(rule, block, count)
 
+    return _lookup(parts, of, lam)
+
+
+@dataclass(frozen=True)
+class Share:
+    """A block of layers, or all weights of one kind."""
+
+    block: int | None = None
+    kind: Kind | None = None
+
+    @property
+    def label(self) -> str:
+        """Words for tables."""
+        return f"block {self.block}" if self.kind is None else self.kind
+
+    def holds(self, part: Part) -> bool:
+        """Say whether it includes a part."""
+        if self.kind is None:
+            return part.block == self.block
+        return self.kind in (part.kind, _WHOLE.get(part.kind))
+
+
+def shares(parts: Mapping[str, Sequence[Part]], by: Literal["blocks", "kinds"]) -> list[Share]:
+    """Return the blocks of a model from the lowest on, or the kinds of weight that it has."""
+    if by == "blocks":
+        return [Share(block=number) for number in range(_num_blocks(parts))]
+    found = [part for own in parts.values() for part in own]
+    kinds = [Share(kind=kind) for kind in KINDS]
+    return [share for share in kinds if any(share.holds(part) for part in found)]
+
+
+def restoring(share: Share, parts: Mapping[str, Sequence[Part]]) -> LambdaRule:
+    """Return the rule of the tuned model with one share of its weights put back to the base's."""
+    return _lookup(parts, lambda part: 0.0 if share.holds(part) else 1.0, 1.0)
+
+
+def _lookup(
+    parts: Mapping[str, Sequence[Part]], of: Callable[[Part], float], lam: float
+) -> LambdaRule:
+    """Return the lambda of every tensor from that of its parts; `lam` is for rows of no part."""
+
     def lookup(name: str) -> Lambda:
         found = parts.get(name, (Part("other", None),))
         if len(found) == 1 and found[0].rows is None:

@@ -11,7 +11,7 @@ from keepshot.assets import AssetStore
 from keepshot.blending.card import RECORD_NAME
 from keepshot.blending.parts import parts_of
 from keepshot.blending.pick import check_rule, next_lambdas, parse_rule, pick, with_interval
-from keepshot.blending.rules import LambdaRule, as_rule, by_part
+from keepshot.blending.rules import LambdaRule, as_rule, by_part, restoring, shares
 from keepshot.blending.sweep import sweep
 from keepshot.blending.write import Watch, check_inputs, write
 from keepshot.errors import ConfigError
@@ -38,7 +38,7 @@ from keepshot.models.reference import (
     parse_reference,
 )
 from keepshot.progress import Progress
-from keepshot.records import ItemResult, PathPoint, ResultDocument, Split
+from keepshot.records import ItemResult, PathPoint, RestoredPart, ResultDocument, Split
 from keepshot.scoring.evaluate import Plan, check_prompts
 from keepshot.scoring.summary import path_points, resample_path, scores, summarise
 from keepshot.tasks.task import Task
@@ -145,7 +145,7 @@ def _sweep_and_pick(
     base, tuned = pair
     walk = _walker(spec, tuned)
     questions, follower = asking.questions, asking.follower
-    lams = sorted({0.0, *(spec.sweep or ())})
+    lams = sorted({0.0, *(spec.sweep or ()), *((1.0,) if spec.restore else ())})
     at = _lambda_rule(spec, base)
     target = questions.target.name if questions.target else None
     rule = parse_rule(spec.pick)
@@ -184,17 +184,40 @@ def _sweep_and_pick(
         # The ends are the two models themselves, whatever the rule.
         [(_, found)] = walk(base, [lam], ask, as_rule if arm in ends else at)
         items += found
+    restored = _restored(spec, asking, walk, rows[0.0])
     if picked.lam is not None:
         _write(base, tuned, picked.lam, (spec, store), where)
     document = ResultDocument(
         models=[model_record(base), model_record(tuned)],
         scores=scores(items, questions.versions), summary=summarise(items, target=target),
-        cost=asking.ledger.cost, target_task=target, path=path, pick=picked,
+        cost=asking.ledger.cost, target_task=target, path=path, pick=picked, restored=restored,
         instructions=follower.scores(),
     )  # fmt: skip
     # The path's own rows lie beside them, so that the page can show what flips where.
     along = [row for lam in sorted(rows) for row in rows[lam]]
     return where[0].finish(document, [*items, *along], follower.rows)
+
+
+def _restored(
+    spec: BlendSpec, asking: _Asking, walk: _Walk, before: Sequence[ItemResult]
+) -> list[RestoredPart]:
+    """Measure the tuned model with one block, or one kind of weight, at a time put back."""
+    questions, base = asking.questions, asking.model
+    target = questions.target.name if questions.target else None
+    found: list[RestoredPart] = []
+    parts = parts_of(base.module) if spec.restore else {}
+    for share in [share for by in spec.restore for share in shares(parts, by)]:
+        rule = restoring(share, parts)
+
+        def ask(lam: float, label: str = share.label) -> list[ItemResult]:
+            part = f"restored-{label.replace(' ', '-')}"
+            plans = questions.plans("validation")
+            return asking.ledger.measured(part, base, plans, arm=f"{label} restored", lam=lam)
+
+        [(_, rows)] = walk(base, [1.0], ask, lambda _, rule=rule: rule)
+        [point] = path_points({1.0: rows}, before, target=target, split="validation")
+        found.append(RestoredPart(part=share.label, **point.model_dump()))
+    return found
 
 
 def _walker(spec: BlendSpec, tuned: LanguageModel) -> _Walk:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from keepshot import records
 from keepshot.assets import AssetStore
-from keepshot.jobs.specs import Following
 from keepshot.jobs.workspace import Workspace
 from keepshot.judging.follow import Examiner, instruction_scores, load_set
+from keepshot.judging.policy import Following
 from keepshot.models.loading import LanguageModel
 from keepshot.progress import Progress
 from keepshot.records import InstructionRow, InstructionScore, Split

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from keepshot import records
 from keepshot.assets import AssetStore
-from keepshot.errors import ConfigError
+from keepshot.errors import ConfigError, TaskError
 from keepshot.jobs.loading import load_as
-from keepshot.jobs.specs import Following, JudgeSpec
+from keepshot.jobs.specs import JudgeSpec
 from keepshot.judging.answers import answer_prompts, style_of
 from keepshot.judging.follow import Examiner, instruction_scores, load_set
 from keepshot.judging.judges import LikelihoodJudge
@@ -25,6 +25,7 @@ from keepshot.judging.outputs import (
     write_outputs,
 )
 from keepshot.judging.pairwise import (
+    LEAST_PASSING,
     Judge,
     Judgement,
     agreement,
@@ -33,6 +34,7 @@ from keepshot.judging.pairwise import (
     sanity_comparisons,
     win_rate,
 )
+from keepshot.judging.policy import Following
 from keepshot.judging.server import Server, ServerJudge
 from keepshot.models.loading import LanguageModel
 from keepshot.progress import Progress
@@ -116,10 +118,12 @@ class _Judging:
         names = candidate.generator, reference.generator
         rates: list[WinRate] = []
         sanity: list[WinRate] = []
+        notes: list[str] = []
         judged: list[tuple[str, list[Judgement]]] = []
         for number, text in enumerate(self.spec.judges):
             if _is_file(text):
                 identity, preferences = read_preferences(Path(text))
+                notes.append(f"{identity}: a file of judgements cannot be asked, and is not tested")
                 judgements = from_preferences(comparisons, preferences)
                 asked = identity, ""
             else:
@@ -127,16 +131,12 @@ class _Judging:
                 self.progress.stage(f"judging by {text}")
                 judgements = compare(whom, comparisons)
                 asked = whom.identity, whom.prompt_hash
-                sanity += self._test(whom, reference) if self.spec.sanity else []
+                sanity += self._test(whom, reference, notes) if self.spec.sanity else []
             self._write(judgements, names, asked, number)
             rates.append(win_rate(judgements, names, asked))
             judged.append((asked[0], judgements))
         pairs = itertools.combinations(judged, 2)
         found = [agreement(a, b, (first, second)) for (first, a), (second, b) in pairs]
-        notes = [
-            f"{rate.judge}: {rate.candidate}, {rate.win_rate:.1f} % of {rate.num_comparisons}"
-            for rate in sanity
-        ]
         notes += [
             f"agreement of {a.judges[0]} and {a.judges[1]}: same side {a.same_side:.0%} of "
             f"{a.num_items}, kappa {a.kappa:.2f}"
@@ -146,17 +146,34 @@ class _Judging:
             win_rates=rates, sanity=sanity, agreement=found, policy=self.policy, notes=notes
         )
 
-    def _test(self, whom: Judge, outputs: Outputs) -> list[WinRate]:
-        """Compare answers with themselves and with their shuffled words."""
+    def _test(self, whom: Judge, outputs: Outputs, notes: list[str]) -> list[WinRate]:
+        """Compare answers with themselves and with their shuffled words; say how it went."""
+        self.progress.stage(f"testing {whom.identity}")
         rates: list[WinRate] = []
         for name, comparisons in sanity_comparisons(outputs).items():
             if not comparisons:
-                self.progress.note("sanity: no answer has eight words or more, so nothing to test")
+                notes.append(f"{whom.identity}: no answer has eight words, so it is not tested")
                 return []
             judgements = compare(whom, comparisons[: self.spec.limit])
             title = f"answers against {'their words ' if name == 'shuffled' else ''}{name}"
             names = title, outputs.generator
-            rates.append(win_rate(judgements, names, (whom.identity, whom.prompt_hash)))
+            try:
+                rate = win_rate(judgements, names, (whom.identity, whom.prompt_hash))
+            except TaskError as error:
+                notes.append(f"not tested: {error}")
+                return rates
+            rates.append(rate)
+            low, high = rate.win_rate_ci95
+            notes.append(
+                f"{rate.judge}: {title}, {rate.discrete_win_rate:.1f} % of "
+                f"{rate.num_comparisons} won, mean preference {rate.win_rate:.1f} % "
+                f"[{low:.1f}, {high:.1f}]"
+            )
+        if rates[-1].discrete_win_rate < LEAST_PASSING:
+            notes.append(
+                f"{whom.identity} does not tell an answer from its shuffled words (below "
+                f"{LEAST_PASSING:.0f} %): what it says of models means nothing"
+            )
         return rates
 
     def _judge(self, text: str, number: int) -> Judge:

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from keepshot.blending.rules import LambdaMap
 from keepshot.errors import ConfigError, unknown
-from keepshot.judging.policy import Policy
+from keepshot.judging.policy import Following, Policy
 from keepshot.specs import Spec
 from keepshot.tuning.method_specs import prompt_tokens
 from keepshot.tuning.recipe import Recipe
@@ -33,25 +33,6 @@ class Where(Spec):
     """Torch dtype of the weights."""
     trust_remote_code: bool = False
     """Run code that a checkpoint brings along."""
-
-
-class Following(Spec):
-    """Verifiable instructions put to the same models: the other axis of the trade-off."""
-
-    prompts: str = "embedded"
-    """`embedded`, `ifeval` (the public set, from the hub), or the path of a file of its format."""
-    limit: int | None = Field(default=100, ge=1)
-    """Prompts at most, in each part of the set."""
-    variant: Literal["official", "repaired"] | None = None
-    """How answers are judged; left out, `repaired` for the embedded set and `official` for others.
-    """
-    answers: Policy = Policy()
-    """How prompts are put, and when an answer ends."""
-
-    @property
-    def judged(self) -> Literal["official", "repaired"]:
-        """The variant that this comes to."""
-        return self.variant or ("repaired" if self.prompts == "embedded" else "official")
 
 
 class Measuring(Spec):
@@ -105,8 +86,9 @@ class JudgeSpec(Where):
     """A model to put verifiable instructions to, instead of a comparison."""
     limit: int | None = Field(default=None, ge=1)
     """Prompts at most."""
-    sanity: bool = False
-    """Test each judge: answers against themselves, and against their shuffled words."""
+    sanity: bool = True
+    """Test each judge that can be asked, on at most 16 of the reference's answers: against
+    themselves, and against their shuffled words."""
     variant: Literal["official", "repaired"] | None = None
     """How verifiable instructions are judged; see `Following`."""
     answers: Policy = Policy()
@@ -155,6 +137,9 @@ class BlendSpec(Where):
     """Items per task and split at most."""
     following: Following | None = None
     """Verifiable instructions at every point of the path and on the arms; none if left out."""
+    restore: tuple[Literal["blocks", "kinds"], ...] = ()
+    """Along a sweep, also measure the tuned model with each block, or each kind of weight, put back
+    to the base's: where the damage sits."""
     write_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights written; what the inputs have if not given."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
@@ -197,6 +182,10 @@ class BlendSpec(Where):
             raise ValueError(
                 "give either --lambda, to write one point, or --sweep, to measure many"
             )
+        if self.restore and self.sweep is None:
+            raise ValueError("`restore` is measured along a --sweep; give one, such as 0,.5,1")
+        if self.restore and self.rule is not None:
+            raise ValueError("`restore` starts from the whole tuned model; leave `rule` out")
         if self.second is not None and self.sweep is not None:
             raise ValueError("`second` can be added at one --lambda, not along a --sweep")
         if self.reduce is not None:

@@ -6,8 +6,8 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Generator, Sequence
-from contextlib import closing, contextmanager, redirect_stdout
+from collections.abc import Sequence
+from contextlib import closing, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,18 +18,21 @@ from keepshot.blending.sweep import sweep
 from keepshot.errors import ConfigError, ModelError, StudyError
 from keepshot.jobs.cluster import Cluster, processors, shared_out
 from keepshot.jobs.ledger import Ledger, model_record
+from keepshot.jobs.loading import freeing_fast
 from keepshot.jobs.measure import check_shots, plan_for, read_tasks, template_named
 from keepshot.jobs.separation import check_apart
 from keepshot.jobs.specs import Measuring
+from keepshot.jobs.study_following import Examiners, rows_of, set_contents
 from keepshot.jobs.target import load_target
-from keepshot.jobs.tune import anchor_tasks, general_rows
+from keepshot.jobs.tune import VALIDATION_SHARE, anchor_tasks, general_rows
 from keepshot.jobs.workspace import environment
+from keepshot.judging.follow import instruction_scores
 from keepshot.models.identity import file_sha256
 from keepshot.models.loading import LanguageModel, identify, load
 from keepshot.models.reference import Embedded, GGUFFile, HubModel, converted_path, parse_reference
 from keepshot.outputs import write_text
 from keepshot.progress import Silent
-from keepshot.records import Cost, ItemResult
+from keepshot.records import Cost, InstructionRow, ItemResult, write_instructions
 from keepshot.scoring.evaluate import Plan
 from keepshot.study.directory import StudyDirectory
 from keepshot.study.document import RECORD, StudyDocument
@@ -50,6 +53,7 @@ from keepshot.tasks.catalog import CATALOG, is_path
 from keepshot.tasks.source import Row
 from keepshot.tasks.task import Task
 from keepshot.tuning.anchors import examples_of
+from keepshot.tuning.data import hold_out
 from keepshot.tuning.mixture import Branch
 from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.train import Extra, train
@@ -105,7 +109,7 @@ def study(
     write_text(json.dumps(environment(), indent=1), directory.path / "environment.json")
     limit = None if running.limit_minutes is None else 60.0 * running.limit_minutes
     if running.engine == "local":
-        with _freeing_fast():
+        with freeing_fast():
             work(
                 grid, directory, worker.perform, watch,
                 limit_seconds=limit, keep_models=spec.keep_models,
@@ -124,7 +128,7 @@ def grid_of(spec: StudySpec, store: AssetStore) -> Grid:
         TaskError: if a file is missing.
     """
     check_patterns(spec)
-    contents: dict[str, str] = {}
+    contents = set_contents(spec)
     for model in spec.models:
         found = _model_content(model.reference, store)
         if found is not None:
@@ -174,6 +178,9 @@ def finish(spec: StudySpec, grid: Grid, directory: StudyDirectory) -> StudyDocum
     """Write `frame.parquet`, `scores.parquet`, `report.md` and, last, `study.json`."""
     document, frames = document_of(spec, grid, directory)
     write_frames(*frames, directory.path)
+    followed = rows_of(spec, grid, directory)
+    if followed:
+        write_instructions(followed, directory.path / "instructions.parquet")
     write_text(markdown(document), directory.path / "report.md")
     write_text(document.to_json(), directory.path / RECORD)
     return document
@@ -185,6 +192,7 @@ def document_of(
     """Return a study's results so far, and its frames of items and of scores."""
     records = directory.records(grid.units)
     items = item_frame(spec, grid, records, directory.rows)
+    followed = rows_of(spec, grid, directory)
     failed = failures(grid, directory)
     versions = sorted({record.keepshot for record in records.values()})
     notes = [f"Units were done by keepshot {' and '.join(versions)}."] if len(versions) > 1 else []
@@ -199,6 +207,7 @@ def document_of(
             {"unit": r.unit, "label": r.label, "reason": r.reason or "", "trace": r.trace or ""}
             for r in failed
         ],
+        instructions=instruction_scores(followed),
         notes=notes,
     )
     return document, (items, score_frame(items))
@@ -215,6 +224,7 @@ class Worker:
         self._base: tuple[str, LanguageModel] | None = None
         self._tuned: tuple[str, LanguageModel] | None = None
         self._ledger = Ledger(None, _Steps(watch))
+        self.examiners = Examiners(spec, store)
         self._loading = 0.0
 
     # -- tasks -----------------------------------------------------------------------------
@@ -265,9 +275,7 @@ class Worker:
         if ask.template is not None:
             template = template_named(ask.template)
             tasks = [replace(task, template=template) for task in tasks]
-        measuring = Measuring(
-            tasks=ask.tasks, shots=ask.all_shots, seeds=ask.seeds, limit=ask.limit
-        )
+        measuring = Measuring(shots=ask.all_shots, seeds=ask.seeds, limit=ask.limit)
         return plan_for(
             measuring,
             tasks,
@@ -299,9 +307,13 @@ class Worker:
         self._base = None  # tuning changes it in place
         untuned = model_record(model)
         out_dir = self.directory.model(unit.id)
+        rows, held_out = target.train, ()
+        if recipe.auto:
+            # As for a user's file: what is decided on is taken from the rows to train on.
+            rows, held_out = hold_out(target.train, share=VALIDATION_SHARE, seed=recipe.seed)
         record = train(
-            recipe, model, target.train, out_dir,
-            anchors=anchors, progress=self.watch, extra=extra,
+            recipe, model, rows, out_dir,
+            anchors=anchors, validation=held_out, progress=self.watch, extra=extra,
         )  # fmt: skip
         return Outcome(
             model=untuned,
@@ -313,25 +325,32 @@ class Worker:
 
     def _measure(self, unit: Unit) -> Outcome:
         plan, subject = self.plan(unit), unit.subject
+        # A point of the path is asked in the words of the model at its end.
+        tuned = self._tuned_model(unit) if subject.lam is not None else None
         costs: list[Cost] = []
 
-        def ask(model: LanguageModel) -> list[ItemResult]:
-            costs.append(self._ledger.cost)
-            rows = self._ledger.measured(unit.id, model, [plan], arm=subject.label, lam=subject.lam)
-            costs.append(self._ledger.cost)
-            return rows
+        def ask(model: LanguageModel) -> tuple[list[ItemResult], list[InstructionRow] | None]:
+            engine = self._ledger.engine(model)
+            costs.append(engine.cost)
+            plans = [plan] if plan.tasks else []
+            rows = self._ledger.measured(unit.id, model, plans, arm=subject.label, lam=subject.lam)
+            followed = self.examiners.examine(
+                unit, model, engine, chat=tuned, progress=self._ledger.progress.update
+            )
+            costs.append(engine.cost)
+            return rows, followed
 
-        if subject.lam is not None:
-            tuned = self._tuned_model(unit)
+        if subject.lam is not None and tuned is not None:
             model = self._base_model(unit)
             state = tuned.module.state_dict()
-            [(_, items)] = sweep(model, state, [subject.lam], lambda _: ask(model))
+            [(_, found)] = sweep(model, state, [subject.lam], lambda _: ask(model))
         else:
             model = self._base_model(unit) if unit.needs is None else self._tuned_model(unit)
-            items = ask(model)
-        before, after = costs
+            found = ask(model)
+        (items, instructions), (before, after) = found, costs
         return Outcome(
             items=items,
+            instructions=instructions,
             model=model_record(model),
             loading_seconds=self._loading,
             work_seconds=after.seconds - before.seconds,
@@ -380,21 +399,6 @@ class Worker:
         return model
 
 
-@contextmanager
-def _freeing_fast() -> Generator[None]:
-    """Leave what is there now out of garbage collection within the block.
-
-    Modules hold each other in cycles, so a model is freed by collecting; walking through all that
-    torch and transformers are would take half a second each time.
-    """
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 def tokens_read(sources: Sequence[Branch], steps: int) -> int:
     """Return the tokens of all samples that a tuning reads, those of its keep terms included."""
     each_step = sum(one.per_step * one.tokens / max(1, one.samples) for one in sources)
@@ -438,7 +442,7 @@ def _work_in_worker(share: _Share) -> None:
     worker = Worker(share.spec, share.store, StudyDirectory(share.out_dir), _Unwatched())
     grid = grid_of(share.spec, share.store)
     limit = None if share.deadline is None else share.deadline - time.time()
-    with _freeing_fast():
+    with freeing_fast():
         work(
             grid, worker.directory, worker.perform, _Unwatched(),
             limit_seconds=limit, keep_models=share.spec.keep_models,

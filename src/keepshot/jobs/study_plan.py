@@ -31,6 +31,8 @@ from keepshot.tuning.mixture import branch
 from keepshot.tuning.train import Extra, tokenise, train
 
 CALIBRATION_TASKS, CALIBRATION_ITEMS, CALIBRATION_STEPS = 3, 4, 2
+SHORT_RUNS = 3
+"""Of the search for a learning rate, as a rule."""
 PROCESS_BYTES = 700_000_000
 """Of Python with torch, transformers and one forward pass, besides weights; measured on Linux."""
 
@@ -201,7 +203,9 @@ class _Estimator:
         if unit.kind == "measure":
             key: object = (subject.model, subject.target, unit.ask, unit.split)
             if key not in self._tokens:
-                self._tokens[key] = _shared_tokens(light, self.worker.plan(unit))
+                asked = _shared_tokens(light, self.worker.plan(unit))
+                followed = self.worker.examiners.num_tokens(unit, light)
+                self._tokens[key] = asked + followed
             return self._tokens[key]
         recipe, target, anchors, extra = self.worker.ingredients(unit)
         data = tokenise(recipe, light, target.train, anchors=anchors, extra=extra)
@@ -215,6 +219,8 @@ class _Estimator:
         steps = resolved.steps or 1
         if isinstance(method, ProMoT) and method.prompt == "trained":
             steps += method.prompt_steps
+        if recipe.auto and recipe.learning_rate is None:
+            steps += SHORT_RUNS * recipe.auto.trial_steps
         return tokens_read([*data.mixture.tree, *beside], steps)
 
     def _count_memory(self, unit: Unit, light: LanguageModel) -> None:
@@ -263,10 +269,12 @@ def _shared_tokens(model: LanguageModel, plan: Plan) -> int:
     return build_trie([tokens_to_read(request) for request in requests]).num_tokens
 
 
-def _time_asking(worker: Worker, unit: Unit) -> float:
-    """Return seconds a token of asking the untuned model a few items."""
+def _time_asking(worker: Worker, unit: Unit) -> float | None:
+    """Return seconds a token of asking the untuned model a few items; None without tasks."""
     model = worker.load(worker.spec.model(unit.subject.model).reference)
     whole = worker.plan(unit)
+    if not whole.tasks:
+        return None
     few = replace(whole, tasks=whole.tasks[:CALIBRATION_TASKS], limit=CALIBRATION_ITEMS)
     found = measure(model, few, arm="trial", engine=Engine(model))
     return found.cost.seconds / max(1, found.cost.tokens_prefilled)
@@ -276,7 +284,7 @@ def _time_tuning(worker: Worker, unit: Unit) -> float:
     """Return seconds a token of a few steps, the first of which is not counted."""
     recipe, target, anchors, extra = worker.ingredients(unit)
     model = worker.load(recipe.model)
-    short = recipe.model_copy(update={"steps": CALIBRATION_STEPS + 1})
+    short = recipe.model_copy(update={"steps": CALIBRATION_STEPS + 1, "auto": None})
     clock = _StepClock()
     began = train(
         short, model, target.train, None,

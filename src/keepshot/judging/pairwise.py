@@ -6,6 +6,7 @@ averaged, a preference for a place cancels; what cancelled is reported as `posit
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ from keepshot.tasks.task import seeded
 MOST_FAILED = 0.2
 """Where more than this share of comparisons got no judgement, a win rate would mean little."""
 EVEN = 1e-9
+MOST_TESTED = 16
+"""Answers that a judge is tested on."""
+LEAST_PASSING = 80.0
+"""A judge that prefers answers to their shuffled words less often, in percent, does not read."""
 Status = Literal["judged", "tied", "failed"]
 
 
@@ -196,13 +201,14 @@ def agreement(
     )
 
 
-def sanity_comparisons(outputs: Outputs) -> dict[str, list[Comparison]]:
+def sanity_comparisons(outputs: Outputs, most: int = MOST_TESTED) -> dict[str, list[Comparison]]:
     """Return comparisons whose outcome is known.
 
     `itself`: each answer against itself, 50 %. `shuffled`: against its own words in another order,
-    near 100 % with any judge that reads. Answers of fewer than eight words are left out.
+    near 100 % with any judge that reads. The first `most` answers of eight words or more.
     """
-    answers = {i: a for i, a in outputs.answers.items() if len(a.split()) >= 8}
+    long = ((i, a) for i, a in outputs.answers.items() if len(a.split()) >= 8)
+    answers = dict(itertools.islice(long, most))
     shuffled: list[Comparison] = []
     for instruction, answer in answers.items():
         words = answer.split()

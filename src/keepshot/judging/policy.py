@@ -30,3 +30,22 @@ class Policy(Spec):
     """Seed of the draws."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer, besides the model's own end tokens."""
+
+
+class Following(Spec):
+    """Verifiable instructions put to the same models: the other axis of the trade-off."""
+
+    prompts: str = "embedded"
+    """`embedded`, `ifeval` (the public set, from the hub), or the path of a file of its format."""
+    limit: int | None = Field(default=100, ge=1)
+    """Prompts at most, in each part of the set."""
+    variant: Literal["official", "repaired"] | None = None
+    """How answers are judged; left out, `repaired` for the embedded set and `official` for others.
+    """
+    answers: Policy = Policy()
+    """How prompts are put, and when an answer ends."""
+
+    @property
+    def judged(self) -> Literal["official", "repaired"]:
+        """The variant that this comes to."""
+        return self.variant or ("repaired" if self.prompts == "embedded" else "official")

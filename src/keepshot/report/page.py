@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from keepshot.errors import ConfigError
 from keepshot.records import ResultDocument, read_items, write_text
-from keepshot.report import along, figures, finding, flips, following, svg, view, words
+from keepshot.report import along, figures, finding, flips, following, restored, svg, view, words
 
 ANSWER_LIMIT, QUESTION_LIMIT = 160, 320
 
@@ -176,6 +176,14 @@ def _charts(document: ResultDocument) -> list[tuple[str, str, tuple[Any, Any]]]:
             "conduct",
             "Wrong formats, labels of the target, answer length and recall along lambda",
             (along.conduct_chart(document, "wide"), along.conduct_chart(document, "narrow")),
+        ),
+        (
+            "restored",
+            "Few-shot and target score with one part of the tuned model put back to the base's",
+            (
+                restored.restored_chart(document, "wide"),
+                restored.restored_chart(document, "narrow"),
+            ),
         ),
         (
             "training",

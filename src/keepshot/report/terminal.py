@@ -17,6 +17,7 @@ from keepshot.report.words import (
     short_names,
     visible,
 )
+from keepshot.study.document import StudyDocument
 from keepshot.theory.document import ClaimRecord
 
 NAME_WIDTH = 24
@@ -102,7 +103,7 @@ def path_table(document: ResultDocument) -> Table:
     return table
 
 
-def instructions_table(document: ResultDocument | JudgeDocument) -> Table:
+def instructions_table(document: ResultDocument | JudgeDocument | StudyDocument) -> Table:
     """Return one line per arm, lambda and part of a set: prompts and instructions followed."""
     names = short_names(list(dict.fromkeys(row.arm for row in document.instructions)))
     table = _table("instructions, strict")

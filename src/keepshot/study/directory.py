@@ -29,7 +29,14 @@ from keepshot import __version__
 from keepshot.errors import StudyError
 from keepshot.outputs import claim as check_place
 from keepshot.outputs import output_error, write_text
-from keepshot.records import ItemResult, ModelRecord, TrainingRecord, write_items
+from keepshot.records import (
+    InstructionRow,
+    ItemResult,
+    ModelRecord,
+    TrainingRecord,
+    write_instructions,
+    write_items,
+)
 
 RECORD_SCHEMA = 1
 BEAT_SECONDS = 5.0
@@ -141,7 +148,13 @@ class StudyDirectory:
             found[unit] = self._known[unit]
         return found
 
-    def write(self, record: UnitRecord, items: list[ItemResult] | None, claim: Claimed) -> bool:
+    def write(
+        self,
+        record: UnitRecord,
+        items: list[ItemResult] | None,
+        claim: Claimed,
+        instructions: list[InstructionRow] | None = None,
+    ) -> bool:
         """Write a unit's rows and its record, unless another has taken it over.
 
         Returns:
@@ -149,6 +162,8 @@ class StudyDirectory:
         """
         if items is not None:
             write_items(items, self.rows(record.unit))
+        if instructions is not None:
+            write_instructions(instructions, self.instructions(record.unit))
         with self._lock():
             mine = self._read_claim(record.unit)
             return mine is not None and mine.token == claim.token and self._write_once(record)
@@ -161,6 +176,10 @@ class StudyDirectory:
     def rows(self, unit: str) -> Path:
         """Return where a unit's rows are."""
         return self.path / "units" / f"{unit}.parquet"
+
+    def instructions(self, unit: str) -> Path:
+        """Return where a unit's rows of instructions are, if it put any."""
+        return self.path / "units" / f"{unit}.instructions.parquet"
 
     def forget(self, units: Iterable[str]) -> None:
         """Delete the records of units, so that they are done again."""

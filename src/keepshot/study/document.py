@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from keepshot import __version__
+from keepshot.records import InstructionScore
 
 RECORD = "study.json"
 """Where a study's directory holds its document."""
@@ -59,6 +60,8 @@ class StudyDocument(BaseModel):
     done: int
     failed: int
     arms: list[StudyArm]
+    instructions: list[InstructionScore] = Field(default_factory=list[InstructionScore])
+    """One for each model asked, lambda and split."""
     failures: list[dict[str, str]]
     notes: list[str] = Field(default_factory=list)
 

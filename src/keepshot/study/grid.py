@@ -15,13 +15,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from keepshot.errors import ConfigError, unknown
 from keepshot.records import Split
 from keepshot.specs import Spec, apply_overrides
+from keepshot.study.asks import Ask, Stage
 from keepshot.tasks.catalog import SUITES
 from keepshot.tuning.keep import Mix, anchor_names, find_term
 from keepshot.tuning.method_specs import prompt_tokens
@@ -33,10 +34,6 @@ MOST_UNITS = 2000
 """Units that a study may have without being told that it is meant."""
 TARGET = "target"
 """Stands among an ask's tasks for what the model was tuned for; of a base, for all targets."""
-Setting = Literal["direct", "gold"]
-SETTINGS: tuple[Setting, ...] = get_args(Setting)
-Stage = Literal["base", "tuned", "blend"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 class StudiedModel(Spec):
@@ -65,39 +62,6 @@ class Blends(Spec):
     """Shares of the difference; 0 and 1 are the base and the tuned model, and are not repeated."""
     recipes: tuple[str, ...] = ("*",)
     """Patterns of the recipes whose models are blended."""
-
-
-class Ask(Spec):
-    """What one measurement asks; one record for each model and split."""
-
-    tasks: tuple[str, ...] = Field(default=("core",), min_length=1)
-    """Suites, tasks, paths of examples files, or `target`."""
-    settings: tuple[Setting, ...] = Field(default=SETTINGS, min_length=1)
-    """`direct`: the question alone. `gold`: after right demonstrations, `shots` of them."""
-    shots: tuple[int, ...] = Field(default=(4,), min_length=1)
-    """Numbers of demonstrations, for `gold`."""
-    seeds: int = Field(default=1, ge=1)
-    """Draws of demonstrations."""
-    limit: int | None = Field(default=None, ge=1)
-    """Items of each task at most."""
-    splits: tuple[Split, ...] = Field(default=("test",), min_length=1)
-    """Where items come from; choose on `validation`, report on `test`."""
-    of: tuple[Stage, ...] = Field(default=STAGES, min_length=1)
-    """Which models are asked."""
-    template: str | None = None
-    """Prompt template in place of each task's own."""
-
-    @model_validator(mode="after")
-    def _check_shots(self) -> Self:
-        if min(self.shots) < 1:
-            raise ValueError("demonstrations are counted from 1; `direct` asks without any")
-        return self
-
-    @property
-    def all_shots(self) -> tuple[int, ...]:
-        """Numbers of demonstrations of all settings, 0 for `direct`."""
-        given = self.shots if "gold" in self.settings else ()
-        return tuple(sorted({*given, *((0,) if "direct" in self.settings else ())}))
 
 
 class Exclusion(Spec):
@@ -339,6 +303,7 @@ def expand(spec: StudySpec, contents: Mapping[str, str] | None = None) -> Grid:
             ask = spec.asks[name]
             names = tasks[name].get(subject.target, tasks[name][None])
             how = [ask.all_shots, ask.seeds, spec.seed, ask.limit, ask.template, split]
+            how += ask.followed(known)
             given = [[one, known.get(one)] for one in names]
             identity = _identity("ask", [*start, needs, subject.lam, how, given])
             units.setdefault(identity, Unit(identity, "measure", subject, needs, name, split))

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from keepshot.errors import UserError, is_full_disk
 from keepshot.progress import Progress
-from keepshot.records import ItemResult, ModelRecord, TrainingRecord
+from keepshot.records import InstructionRow, ItemResult, ModelRecord, TrainingRecord
 from keepshot.study.directory import Claimed, StudyDirectory, UnitRecord
 from keepshot.study.grid import Grid, Unit
 
@@ -31,6 +31,8 @@ class Outcome:
 
     items: list[ItemResult] | None = None
     """Rows of a measurement; None for tuning."""
+    instructions: list[InstructionRow] | None = None
+    """Rows of instructions that were put; None where none were."""
     model: ModelRecord | None = None
     training: TrainingRecord | None = None
     loading_seconds: float = 0.0
@@ -199,10 +201,9 @@ class _Runner:
 
     def _do(self, unit: Unit, claim: Claimed) -> None:
         began = time.perf_counter()
-        items: list[ItemResult] | None = None
+        found = Outcome()
         try:
             found = self.perform(unit)
-            items = found.items
             record = _record(unit, found, time.perf_counter() - began, claim=claim)
         except Exception as error:
             if is_full_disk(error) or is_full_disk(error.__cause__ or error):
@@ -215,7 +216,7 @@ class _Runner:
             self.watch.note(f"failed: {unit.label}: {reason.splitlines()[0]}")
             if unit.id in self.directory.records([unit.id]):
                 self.unmade.add(unit.id)
-        self.directory.write(record, items, claim)
+        self.directory.write(record, found.items, claim, found.instructions)
 
     def _still_open(self, unit: Unit) -> bool:
         records = self.directory.records([unit.id, *self.dependents.get(unit.id, ())])

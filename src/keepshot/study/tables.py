@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from keepshot.records import InstructionScore
 from keepshot.study.document import StudyArm, StudyDocument
 
 FIGURES = ("target", "few-shot", "retention")
+FOLLOWED = ("arm", "prompts, strict", "single instructions, strict", "answers cut", "of")
 COLUMNS = ("arm", *FIGURES, "format failures", "leakage", "seconds of tuning")
 
 
@@ -20,6 +22,11 @@ def markdown(document: StudyDocument) -> str:
         lines += [f"## {title}", "", _size(arms), ""]
         lines += [_row(COLUMNS), _row(["---"] * len(COLUMNS))]
         lines += [_row(cells(arm)) for arm in arms]
+        lines.append("")
+    if document.instructions:
+        lines += ["## Instructions followed", ""]
+        lines += [_row(FOLLOWED), _row(["---"] * len(FOLLOWED))]
+        lines += [_row(_followed(score)) for score in document.instructions]
         lines.append("")
     if document.failures:
         lines += ["## What failed", ""]
@@ -71,6 +78,17 @@ def figures(arm: StudyArm) -> list[str]:
         _figure(arm.target_score, arm.target_ci95),
         _figure(arm.icl, arm.icl_ci95),
         _figure(arm.retention, arm.retention_ci95),
+    ]
+
+
+def _followed(score: InstructionScore) -> list[str]:
+    at = "" if score.lam is None else f", lambda {score.lam:g}"
+    return [
+        f"{score.arm}{at}",
+        _figure(score.prompt_strict, score.prompt_strict_ci95),
+        _figure(score.instruction_strict, score.instruction_strict_ci95),
+        f"{score.truncated:.0%}",
+        f"{score.num_prompts} ({score.prompt_set}, {score.split}, {score.variant}, {score.style})",
     ]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from keepshot.errors import TaskError, unknown
 from keepshot.prompts import Example
-from keepshot.tasks import lexical, procedural, sentences, surface
+from keepshot.tasks import lexical, procedural, sentences, surface, targets
 from keepshot.tasks.lexical import AssetSource
 from keepshot.tasks.pairs import cuts
 from keepshot.tasks.source import SUFFIXES, read_examples_file
@@ -86,10 +86,15 @@ def _anchor(rule: str, description: str, maker: procedural.Maker) -> TaskEntry:
 
 
 def _instructions(description: str, maker: procedural.Maker) -> TaskEntry:
+    return _target("exact", "instructions", "instructions", description, maker)
+
+
+def _target(
+    kind: Kind, domain: str, rule: str, description: str, maker: procedural.Maker
+) -> TaskEntry:
     return TaskEntry(
-        "exact", "instructions", "instructions", description, "instructions made by code",
-        "Apache-2.0", _made(maker), role="target",
-    )  # fmt: skip
+        kind, domain, rule, description, "made by code", "Apache-2.0", _made(maker), role="target"
+    )
 
 
 def _text(domain: str, rule: str, description: str, name: str, kind: Kind = "choice") -> TaskEntry:
@@ -212,6 +217,14 @@ CATALOG: dict[str, TaskEntry] = {
     "instructions": _instructions("an instruction -> its answer (30 kinds)", cuts.diverse),
     "instructions-homogeneous": _instructions(
         "words to sort -> sorted (the same number, one kind)", cuts.homogeneous
+    ),
+    "request-letters": _target(
+        "choice", "customer messages", "classification",
+        "a letter of five sentences -> what is asked for (5)", targets.request_letters,
+    ),
+    "worked-sums": _target(
+        "exact", "word problems", "reasoning", "a story with numbers -> the working and the result",
+        targets.worked_sums,
     ),
     "upper-case": _anchor("letter case", "a word -> in capitals", surface.upper_case),
     "repeat-words": _anchor("repetition", "two words -> the same twice", surface.repeat_words),

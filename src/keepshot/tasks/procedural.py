@@ -46,7 +46,7 @@ def private_concatenation(generator: Generator) -> list[Example]:
 
 def largest(generator: Generator) -> list[Example]:
     """`14, 83, 27` -> `83`."""
-    return _made(generator, lambda g: _numbers_question(_integers(g, 3, 10, 100), max))
+    return made(generator, lambda g: _numbers_question(_integers(g, 3, 10, 100), max))
 
 
 def date_format(generator: Generator) -> list[Example]:
@@ -56,7 +56,7 @@ def date_format(generator: Generator) -> list[Example]:
         year, month, day = g.integers(1960, 2030), g.integers(1, 13), g.integers(1, 29)
         return Example(f"{year}-{month:02}-{day:02}", f"!{month:02}!{day:02}!{year}!")
 
-    return _made(generator, make)
+    return made(generator, make)
 
 
 def reference_format(generator: Generator) -> list[Example]:
@@ -73,10 +73,10 @@ def second_item(generator: Generator) -> list[Example]:
     pool = words("food") + words("animal") + words("tool") + words("vehicle")
 
     def make(g: Generator) -> Example:
-        chosen = _sample(pool, 3, g)
+        chosen = sample(pool, 3, g)
         return Example(", ".join(chosen), chosen[1])
 
-    return _made(generator, make)
+    return made(generator, make)
 
 
 def last_item(generator: Generator) -> list[Example]:
@@ -84,10 +84,10 @@ def last_item(generator: Generator) -> list[Example]:
     pool = words("plant") + words("clothing") + words("instrument") + words("job")
 
     def make(g: Generator) -> Example:
-        chosen = _sample(pool, int(g.integers(3, 6)), g)
+        chosen = sample(pool, int(g.integers(3, 6)), g)
         return Example(", ".join(chosen), chosen[-1])
 
-    return _made(generator, make)
+    return made(generator, make)
 
 
 def look_up(generator: Generator) -> list[Example]:
@@ -95,13 +95,13 @@ def look_up(generator: Generator) -> list[Example]:
     names = [name.lower() for name in words("first name") if len(name) <= 5]
 
     def make(g: Generator) -> Example:
-        people = _sample(names, 3, g)
+        people = sample(names, 3, g)
         values = _integers(g, 3, 1, 10)
         asked = int(g.integers(3))
         table = " ".join(f"{person}={v}" for person, v in zip(people, values, strict=True))
         return Example(f"{table}; {people[asked]}", str(values[asked]))
 
-    return _made(generator, make)
+    return made(generator, make)
 
 
 def pick_animal(generator: Generator) -> list[Example]:
@@ -109,11 +109,11 @@ def pick_animal(generator: Generator) -> list[Example]:
     others = words("food") + words("tool") + words("clothing") + words("vehicle")
 
     def make(g: Generator) -> Example:
-        animal = _sample(words("animal"), 1, g)[0]
-        shown = _shuffled([animal, *_sample(others, 2, g)], g)
+        animal = sample(words("animal"), 1, g)[0]
+        shown = _shuffled([animal, *sample(others, 2, g)], g)
         return Example(", ".join(shown), animal)
 
-    return _made(generator, make)
+    return made(generator, make)
 
 
 def pick_colour(generator: Generator) -> list[Example]:
@@ -121,18 +121,18 @@ def pick_colour(generator: Generator) -> list[Example]:
     others = words("animal") + words("job") + words("body") + words("instrument")
 
     def make(g: Generator) -> Example:
-        colour = _sample(words("colour"), 1, g)[0]
-        shown = _shuffled([colour, *_sample(others, 2, g)], g)
+        colour = sample(words("colour"), 1, g)[0]
+        shown = _shuffled([colour, *sample(others, 2, g)], g)
         return Example(", ".join(shown), colour)
 
-    return _made(generator, make)
+    return made(generator, make)
 
 
 def word_groups(generator: Generator) -> list[Example]:
     """`violin` -> `instrument`."""
     groups = ("animal", "food", "clothing", "vehicle", "job", "instrument", "plant")
-    made = [Example(word, group, groups) for group in groups for word in words(group)]
-    return _shuffled(made, generator)
+    pairs = [Example(word, group, groups) for group in groups for word in words(group)]
+    return _shuffled(pairs, generator)
 
 
 def number_names(generator: Generator) -> list[Example]:
@@ -162,7 +162,7 @@ def phone_extraction(generator: Generator) -> list[Example]:
         phone = f"555-{int(g.integers(0, 10000)):04}"
         return Example(_note(notes, g, phone=phone), phone)
 
-    return _made(generator, make)
+    return made(generator, make)
 
 
 def town_extraction(generator: Generator) -> list[Example]:
@@ -179,10 +179,10 @@ def town_extraction(generator: Generator) -> list[Example]:
     )
 
     def make(g: Generator) -> Example:
-        town = _sample(words("town"), 1, g)[0]
+        town = sample(words("town"), 1, g)[0]
         return Example(_note(notes, g, town=town), town)
 
-    return _made(generator, make)
+    return made(generator, make)
 
 
 def day_extraction(generator: Generator) -> list[Example]:
@@ -198,30 +198,32 @@ def day_extraction(generator: Generator) -> list[Example]:
     )
 
     def make(g: Generator) -> Example:
-        day = _sample(words("day"), 1, g)[0]
+        day = sample(words("day"), 1, g)[0]
         return Example(_note(notes, g, day=day), day)
 
-    return _made(generator, make)
+    return made(generator, make)
 
 
 def _note(notes: Sequence[str], generator: Generator, **known: str) -> str:
     first, last, town, day = (
-        _sample(words(group), 1, generator)[0]
+        sample(words(group), 1, generator)[0]
         for group in ("first name", "last name", "town", "day")
     )
     facts = {"name": f"{first} {last}", "town": town, "day": day}
-    return _sample(notes, 1, generator)[0].format(**(facts | known))
+    return sample(notes, 1, generator)[0].format(**(facts | known))
 
 
-def _made(generator: Generator, make: Callable[[Generator], Example]) -> list[Example]:
-    """Call `make` until there are enough different questions."""
-    made: dict[str, Example] = {}
-    for _ in range(20 * NUM_MADE):
+def made(
+    generator: Generator, make: Callable[[Generator], Example], number: int = NUM_MADE
+) -> list[Example]:
+    """Call `make` until there are `number` different questions, or 20 times as often."""
+    found: dict[str, Example] = {}
+    for _ in range(20 * number):
         example = make(generator)
-        made.setdefault(example.input, example)
-        if len(made) == NUM_MADE:
+        found.setdefault(example.input, example)
+        if len(found) == number:
             break
-    return list(made.values())
+    return list(found.values())
 
 
 def _numbers_question(numbers: Sequence[int], rule: Callable[[Sequence[int]], int]) -> Example:
@@ -234,7 +236,8 @@ def _integers(generator: Generator, count: int, low: int, high: int) -> list[int
     return [low + int(value) for value in drawn]
 
 
-def _sample(pool: Sequence[T], count: int, generator: Generator) -> list[T]:
+def sample(pool: Sequence[T], count: int, generator: Generator) -> list[T]:
+    """Draw `count` different members of a pool."""
     return [pool[int(i)] for i in generator.choice(len(pool), size=count, replace=False)]
 
 
