@@ -200,7 +200,8 @@ class _KeepTrainer(Trainer):
         """Return all weights by name where the model is divided among processes; else nothing."""
         if not self.is_fsdp_enabled:
             return {}
-        return self.accelerator.get_state_dict(self.model_wrapped)
+        gathered: Any = self.accelerator.get_state_dict(self.model_wrapped)
+        return gathered
 
     def rows(self) -> list[dict[str, float]]:
         """Return one row a step, those before a resume included."""

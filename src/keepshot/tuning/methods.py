@@ -148,7 +148,7 @@ def export(prepared: Prepared, model: LanguageModel, out_dir: Path) -> Path:
         OutputError: if it cannot be written.
     """
     prompts = attached(model.module)
-    whole = {"state_dict": dict(prepared.whole)} if prepared.whole else {}
+    whole: dict[str, Any] = {"state_dict": dict(prepared.whole)} if prepared.whole else {}
     match prepared.export:
         case "model":
             place = out_dir / "model"
