@@ -14,7 +14,7 @@ import pytest
 from keepshot.models.loading import save
 from pico import pico_model
 
-FSDP = Path(__file__).parents[2] / "recipes" / "fsdp.yaml"
+FSDP = Path(__file__).parents[2] / "recipes" / "launch" / "fsdp.yaml"
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path

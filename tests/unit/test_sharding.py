@@ -20,7 +20,7 @@ from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.sharding import read_sharding, sharded, trainer_arguments
 from keepshot.tuning.train import train
 
-SHIPPED = Path(__file__).parents[2] / "recipes" / "fsdp.yaml"
+SHIPPED = Path(__file__).parents[2] / "recipes" / "launch" / "fsdp.yaml"
 ACCELERATE = """
 compute_environment: LOCAL_MACHINE
 distributed_type: FSDP

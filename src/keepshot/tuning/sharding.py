@@ -26,6 +26,8 @@ ALONE_IN_FILE = {
     "rdzv_backend", "same_network", "tpu_env", "tpu_use_cluster", "tpu_use_sudo", "use_cpu",
 }  # fmt: skip
 """What else accelerate writes: how processes are started, which `torchrun` says here."""
+LOADING = "cpu_ram_efficient_loading"
+"""Passed over: each process has loaded the model before it is divided."""
 
 
 class Sharding(Spec):
@@ -49,8 +51,6 @@ class Sharding(Spec):
     """FSDP's own, instead of the recipe's `checkpointing`."""
     state_dict_type: Literal["FULL_STATE_DICT"] = "FULL_STATE_DICT"
     """Weights are written whole."""
-    cpu_ram_efficient_loading: bool = False
-    """Of no effect: each process loads the model before it is divided."""
 
 
 def read_sharding(path: Path, *, bf16: bool, checkpointing: bool) -> Sharding:
@@ -77,6 +77,7 @@ def read_sharding(path: Path, *, bf16: bool, checkpointing: bool) -> Sharding:
             )
         content = content[BLOCK] or {}
     plain = {str(key).removeprefix(PREFIX): value for key, value in content.items()}
+    plain.pop(LOADING, None)
     sharding = Sharding.from_mapping(plain, source=str(path))
     if sharding.activation_checkpointing and checkpointing:
         raise ConfigError(
