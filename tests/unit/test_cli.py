@@ -25,7 +25,7 @@ SURFACE = {
     "tune": SPEC | {"--model", "--data", "--method", "--keep", "--accept-licence"},
     "blend": SPEC
     | {"--lambda", "--sweep", "--tasks", "--target", "--pick", "--shots", "--seeds", "--limit"}
-    | {"--accept-licence", "--no-check", "--follow"},
+    | {"--accept-licence", "--no-check", "--follow", "--restore"},
     "judge": SPEC - {"--overwrite"}
     | {"--judge", "--prompts", "--ifeval", "--limit", "--no-sanity", "--accept-licence"},
     "study": SPEC
