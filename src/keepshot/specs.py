@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_args
 
@@ -126,6 +126,41 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
     return result
 
 
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 4) -> list[str]:
+    """Word what differs between two dumped specs: dotted keys, with both values.
+
+    Args:
+        before: what was stored.
+        now: what is asked.
+        most: differences that are worded; a last entry counts the others.
+    """
+    old, new = _flat(before), _flat(now)
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    told = [
+        f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}" for key in keys[:most]
+    ]  # fmt: skip
+    return told + ([f"{len(keys) - most} more"] if len(keys) > most else [])
+
+
+def _flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    """Return single values by dotted key; the items of a list count from 0."""
+    if isinstance(content, (list, tuple)):
+        content = {str(number): item for number, item in enumerate(content)}
+    if not isinstance(content, Mapping):
+        return {prefix: content}
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "not given"
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
 def _explain(error: ValidationError, spec: type[BaseModel], source: str) -> str:
     first = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"]) or "the file"
@@ -136,7 +171,10 @@ def _explain(error: ValidationError, spec: type[BaseModel], source: str) -> str:
         return f"{source}: key `{place}` is unknown{hint}"
     if first["type"] == "missing":
         return f"{source}: key `{place}` is missing"
-    return f"{source}: `{place}` = {first['input']!r}: {first['msg']}"
+    message = first["msg"].removeprefix("Value error, ")
+    if isinstance(first["input"], (dict, BaseModel)):
+        return f"{source}: {f'`{place}`: ' if first['loc'] else ''}{message}"
+    return f"{source}: `{place}` = {first['input']!r}: {message}"
 
 
 def _known_keys(spec: type[BaseModel], path: Sequence[int | str]) -> set[str]:

@@ -90,6 +90,12 @@ EARLY: list[tuple[str, str]] = [
     ("measure base base", "'base' is named twice"),
     ("tune", "nothing to tune on"),
     ("tune --model base --data colours.jsonl --method prompt-tuning --keep kl", "'kl' would reach"),
+    ("tune --data few.jsonl --set fsdp=absent.yaml", "fsdp does not go with auto"),
+    ("tune --model base --data few.jsonl --keep none --set fsdp=absent.yaml", "no such file"),
+    (
+        "tune --model base --data few.jsonl --keep none --set fsdp=recipe.yaml",
+        "recipe.yaml: key `arms` is unknown",
+    ),
     ("blend base other", "--lambda"),
     ("blend base other --sweep 0:1", "0:1"),
     ("blend base other --lambda nan", "nan"),
@@ -167,6 +173,14 @@ LATE: list[tuple[str, str]] = [
         "3 blocks are to be frozen and the model has 3",
     ),
     ("tune --model short --data long.jsonl", "long.jsonl: row 'x"),
+    (
+        "tune --model base --data long.jsonl --keep none --set max_length=20 --set long_rows=cut",
+        "36 of 36 rows have no token of their answer left, more than most_unanswered 0.05",
+    ),
+    (
+        "tune --model falcon --data colours.jsonl --keep none --set packing=true",
+        "model family 'falcon' cannot be packed: a sample sees the one before it",
+    ),
     ("tune --model short --data colours.jsonl", "gives no prompt of 2 demonstrations within 64"),
     (
         "run recipe.yaml --model short --set measure.tasks=[long.jsonl]",
@@ -212,7 +226,8 @@ def status(arguments: str) -> int:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with good models and files, and every kind of bad one."""
     root = tmp_path_factory.mktemp("bad-input")
-    for name, family, seed in (("base", "llama", 0), ("other", "llama", 1), ("gpt2", "gpt2", 0)):
+    for name, family, seed in (("base", "llama", 0), ("other", "llama", 1), ("gpt2", "gpt2", 0),
+                               ("falcon", "falcon", 0)):  # fmt: skip
         save(pico_model(family, seed=seed), root / name)
     _write_files(root)
     _write_broken_models(root)

@@ -176,6 +176,7 @@ def test_an_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(workplace
     changed = subprocess.run([*command, "out", "--seed", "1"], capture_output=True, text=True)
     assert changed.returncode == 2
     assert "unfinished work of other settings" in changed.stderr
+    assert "arms.plain.seed was 0, is 1" in changed.stderr
 
     resumed = subprocess.run([*command, "out"], capture_output=True, text=True, check=True)
     assert "plain: tuning" not in resumed.stderr

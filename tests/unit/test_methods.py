@@ -126,12 +126,14 @@ def test_merged_lora_is_the_tuned_model(family: str, fresh_pico: Build):
 
 
 def test_lora_targets_are_what_was_asked_for(fresh_pico: Build):
-    def adapted(targets: str) -> set[str]:
+    def adapted(targets: str, family: str = "llama") -> set[str]:
         method = LoRA.model_validate({"rank": 2, "targets": targets})
-        prepared = prepare(method, fresh_pico("llama").module, 0)
+        prepared = prepare(method, fresh_pico(family).module, 0)
         return {name.split(".lora_")[0].rpartition(".")[2] for name in prepared.parameters}
 
     assert adapted("query-value") == {"q_proj", "v_proj"}
+    assert adapted("attention") == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert adapted("attention", "gpt_neox") == {"query_key_value", "dense"}
     assert adapted("all-linear") == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
     }  # fmt: skip

@@ -14,6 +14,7 @@ import pytest
 from keepshot.models.loading import save
 from pico import pico_model
 
+FSDP = Path(__file__).parents[2] / "recipes" / "launch" / "fsdp.yaml"
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
@@ -113,12 +114,16 @@ def test_two_processes_tune_as_one_does(tmp_path: Path) -> None:
     documents: dict[int, Any] = {}
     for size, launcher in launchers.items():
         out = ["--keep", "none", "--out", str(tmp_path / f"run-{size}")]
+        # On the CPU this is plain data parallelism, which must be said.
+        out += ["--set", f"fsdp={FSDP}"] if size == 2 else []
         done = subprocess.run(
             [*launcher, *command, *out], env=environment(tmp_path), capture_output=True,
             text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         documents[size] = json.loads(done.stdout)
+        told = "nothing is divided on the CPU: each of the 2 processes holds the whole model"
+        assert done.stderr.count(told) == size - 1
     one, two = documents[1], documents[2]
     assert (one["cost"]["processes"], two["cost"]["processes"]) == (1, 2)
     for row, other in zip(one["training"][0]["losses"], two["training"][0]["losses"], strict=True):

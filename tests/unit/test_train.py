@@ -22,11 +22,10 @@ from keepshot.tuning import loop
 from keepshot.tuning.anchors import AnchorKL, cache_teacher, draw_prompts
 from keepshot.tuning.batch import pad, read_logits
 from keepshot.tuning.keep import KL, Mix
-from keepshot.tuning.method_specs import Full, LoRA
+from keepshot.tuning.method_specs import Full, LoRA, ProMoT
 from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.record import TuneRecord
 from keepshot.tuning.terms import kl_divergence
-from keepshot.tuning.tokenised import Extra
 from keepshot.tuning.train import train
 
 Build = Callable[..., LanguageModel]
@@ -202,6 +201,14 @@ def test_parts_of_a_batch_and_checkpointing_change_nothing(method: Any, fresh_pi
     assert equal(weights(again), weights(whole))
 
 
+def test_checkpointing_changes_nothing_under_a_soft_prompt(fresh_pico: Build):
+    method = ProMoT(tokens=3, prompt_steps=3, then=LoRA(rank=2))
+    plain, again = fresh_pico("llama"), fresh_pico("llama")
+    expected = tune(plain, method=method, steps=3)
+    assert tune(again, method=method, steps=3, checkpointing=True).losses == expected.losses
+    assert len({row["loss"] for row in expected.losses}) == 6
+
+
 def test_bfloat16_is_close_and_the_weights_stay_as_they_were_loaded(fresh_pico: Build):
     plain, coarse = fresh_pico("llama"), fresh_pico("llama")
     expected = tune(plain, learning_rate=1e-3, steps=4).losses
@@ -211,17 +218,6 @@ def test_bfloat16_is_close_and_the_weights_stay_as_they_were_loaded(fresh_pico: 
         [row["loss"] for row in expected], rel=0.05
     )
     assert {str(weight.dtype) for weight in weights(coarse).values()} == {"torch.float32"}
-
-
-def test_states_of_another_recipe_are_not_taken_up(fresh_pico: Build, tmp_path: Path):
-    state_dir = tmp_path / "state"
-    (state_dir / "checkpoint-3").mkdir(parents=True)
-    (state_dir / "checkpoint-3" / "trainer_state.json").write_text("{}", encoding="utf-8")
-    (state_dir / "checkpoint-3" / "complete").touch()
-    (state_dir / "recipe").write_text("another", encoding="utf-8")
-    extra = Extra(state_dir=state_dir)
-    record = train(recipe(steps=2), fresh_pico("llama"), EXAMPLES, None, extra=extra)
-    assert record.steps == 2
 
 
 def test_the_record_says_what_was_done(fresh_pico: Build, tmp_path: Path):

@@ -30,6 +30,7 @@ from keepshot.tuning.keep import OWN, Mix, anchor_names, find_term
 from keepshot.tuning.mixture import lines
 from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.record import TuneRecord
+from keepshot.tuning.sharding import sharded
 from keepshot.tuning.tokenised import Extra
 from keepshot.tuning.train import train
 
@@ -57,6 +58,8 @@ def tune(
     """
     recipe = spec.recipe
     parse_reference(recipe.model)
+    # Before the model is loaded; what it returns is for the Trainer, which asks again.
+    sharded(recipe, on_cpu=False, processes=processes.size)
     progress.stage("reading data")
     rows, validation, template, origins = _rows(recipe, store)
     anchors = anchor_tasks(recipe, store)

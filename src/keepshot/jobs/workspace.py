@@ -8,6 +8,7 @@ nothing was finished, nothing is left.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -25,10 +26,14 @@ from keepshot import __version__, records
 from keepshot.errors import OutputError, UserError, is_full_disk
 from keepshot.records import InstructionRow, ItemResult, ResultDocument
 from keepshot.report import write_report
-from keepshot.specs import Spec
+from keepshot.specs import Spec, changes, read_yaml
+from keepshot.tasks.source import SUFFIXES
 
 FINISHED_PARTS = ("*.parquet", "tuning.json", "keepshot.json", "complete")
 """Files whose presence means that there is something to go on from."""
+SPEC_FILE = "spec.yaml"
+INPUTS_FILE = "inputs.json"
+"""sha256 of the files of examples that the spec names, while the work is unfinished."""
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scipy")
 
 
@@ -65,9 +70,12 @@ class Workspace:
         self._made = [parent for parent in self.path.parents if not parent.exists()]
         self._mark = self.path / "fingerprint"
         self._wanted = f"{type(spec).__name__} {spec.fingerprint()} keepshot {__version__}"
+        self._inputs = {str(path): _sha256(path) for path in sorted(example_files(spec))}
         if self._mark.exists() and not overwrite and not self._is_ours():
+            found = "; ".join(self._differences())
             raise OutputError(
-                f"{out_dir}: unfinished work of other settings lies in {self.path}; "
+                f"{out_dir}: unfinished work of other settings lies in {self.path}"
+                f"{f':{chr(10)}{found}' if found else ''};\n"
                 "add --overwrite to discard it, or name another with --out"
             )
 
@@ -78,7 +86,8 @@ class Workspace:
         text = yaml.safe_dump(
             self._spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True
         )
-        records.write_text(text, self.path / "spec.yaml")
+        records.write_text(text, self.path / SPEC_FILE)
+        records.write_text(json.dumps(self._inputs), self.path / INPUTS_FILE)
         records.write_text(self._wanted, self._mark)
 
     def __enter__(self) -> Self:
@@ -104,7 +113,35 @@ class Workspace:
             ) from error
 
     def _is_ours(self) -> bool:
-        return self._mark.exists() and self._mark.read_text("utf-8") == self._wanted
+        same = self._mark.exists() and self._mark.read_text("utf-8") == self._wanted
+        return same and not self._changed_files()
+
+    def _changed_files(self) -> list[str]:
+        """Return the files of examples that are not what they were when the work began."""
+        stored = self.path / INPUTS_FILE
+        if not stored.is_file():
+            return []
+        before: dict[str, str] = json.loads(stored.read_text("utf-8"))
+        return [
+            name for name, found in self._inputs.items() if before.get(name, found) != found
+        ]  # fmt: skip
+
+    def _differences(self) -> list[str]:
+        """Word what is not as it was: settings, files of examples, the version."""
+        stored = self.path / SPEC_FILE
+        before = read_yaml(stored) if stored.is_file() else {}
+        now: dict[str, object] = self._spec.model_dump(mode="json")
+        left_out = self._spec.no_effect_on_results
+        told = [
+            change
+            for change in changes(before, now)
+            if before and change.partition(" ")[0] not in left_out
+        ]
+        told += [f"{name} has changed" for name in self._changed_files()]
+        mark = self._mark.read_text("utf-8")
+        if not mark.endswith(f" {__version__}"):
+            told.append(f"it is of {mark.partition(' keepshot ')[2] or 'another version'}")
+        return told
 
     def part(self, *names: str) -> Path:
         """Return a path for an intermediate result, which is deleted when the job finishes."""
@@ -129,11 +166,36 @@ class Workspace:
         records.write_text(document.to_json(), self.path / "results.json")
         write_report(self.path)
         shutil.rmtree(self.path / "parts", ignore_errors=True)
-        self._mark.unlink(missing_ok=True)
+        for passing in (self._mark, self.path / INPUTS_FILE):
+            passing.unlink(missing_ok=True)
         if self.out_dir.exists():
             shutil.rmtree(self.out_dir)
         os.replace(self.path, self.out_dir)
         return document
+
+
+def example_files(spec: Spec) -> set[Path]:
+    """Return the files of examples that a spec names anywhere, lists in commas included."""
+    found: set[Path] = set()
+
+    def look(value: object) -> None:
+        if isinstance(value, dict):
+            for inner in value.values():
+                look(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                look(inner)
+        elif isinstance(value, str):
+            names = (value, *value.split(","))
+            found.update(Path(name.strip()) for name in names if name.strip().endswith(SUFFIXES))
+
+    look(spec.model_dump(mode="json"))
+    return {path for path in found if path.is_file()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def environment() -> dict[str, object]:

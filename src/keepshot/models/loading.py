@@ -287,14 +287,16 @@ def own_dtype(reference: str, store: AssetStore, *, trust_remote_code: bool = Fa
     return next((name for name in named if name in DTYPES), "float32")
 
 
-def save(model: LanguageModel, out_dir: Path, *, overwrite: bool = False) -> None:
+def save(model: LanguageModel, out_dir: Path, *, overwrite: bool = False, **given: Any) -> None:
     """Write the model and its tokenizer as a directory that transformers loads.
+
+    What else is `given` is for the module's `save_pretrained`.
 
     Raises:
         OutputError: if `out_dir` cannot be written, or holds something and is not to be replaced.
     """
     with building_directory(out_dir, overwrite=overwrite) as folder, quiet_transformers():
-        model.module.save_pretrained(folder)
+        model.module.save_pretrained(folder, **given)
         model.tokenizer.save_pretrained(folder)
 
 

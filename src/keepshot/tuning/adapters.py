@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, assert_never
+from typing import Any, Literal, assert_never
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -97,7 +97,7 @@ def _rows(method: LoRA, module: Any) -> dict[str, list[slice | Tensor] | None] |
 
     None stands for all linear layers.
     """
-    roles: tuple[Role, ...]
+    roles: tuple[Role | Literal["output"], ...]
     match method.targets:
         case "all-linear":
             return None
@@ -105,12 +105,14 @@ def _rows(method: LoRA, module: Any) -> dict[str, list[slice | Tensor] | None] |
             roles = ("query", "value")
         case "value":
             roles = ("value",)
+        case "attention":
+            roles = ("query", "key", "value", "output")
         case _:
             assert_never(method.targets)
     found: dict[str, list[slice | Tensor] | None] = {}
     for block in anatomy(module).blocks:
-        parts: dict[Role, WeightSlice] = {
-            "query": block.query, "key": block.key, "value": block.value
+        parts: dict[Role | Literal["output"], WeightSlice] = {
+            "query": block.query, "key": block.key, "value": block.value, "output": block.output
         }  # fmt: skip
         for role in roles:
             rows = parts[role].rows

@@ -53,6 +53,8 @@ class Padded:
     read_N: Tensor
     """Positions in `ids_BT` flattened."""
     targets_N: Tensor
+    positions_BT: Tensor | None = None
+    """Each token's place in its sample, where several samples stand in one row."""
 
 
 def pad(samples: Sequence[Sample]) -> Padded:
@@ -82,7 +84,9 @@ def group(samples: Sequence[Sample]) -> list[list[Sample]]:
     return group(ordered[: best + 1]) + group(ordered[best + 1 :])
 
 
-def read_logits(module: Any, ids_BT: Tensor, read_N: Tensor, head: Any) -> Tensor:
+def read_logits(
+    module: Any, ids_BT: Tensor, read_N: Tensor, head: Any, positions_BT: Tensor | None = None
+) -> Tensor:
     """Return the logits (N, V) at flattened positions; the output head is applied only there.
 
     What the model does to its logits after the head (scaling, capping) still happens, since only
@@ -93,8 +97,10 @@ def read_logits(module: Any, ids_BT: Tensor, read_N: Tensor, head: Any) -> Tenso
         ids_BT: token ids, padded on the right.
         read_N: positions in `ids_BT` flattened.
         head: the module that maps hidden states to logits.
+        positions_BT: positions of packed samples; None counts each row from its beginning.
     """
     narrowed = False
+    packed = {} if positions_BT is None else {"position_ids": positions_BT}
 
     def narrow(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         nonlocal narrowed
@@ -105,7 +111,7 @@ def read_logits(module: Any, ids_BT: Tensor, read_N: Tensor, head: Any) -> Tenso
 
     handle = head.register_forward_pre_hook(narrow)
     try:
-        logits = module(input_ids=ids_BT, use_cache=False).logits
+        logits = module(input_ids=ids_BT, use_cache=False, **packed).logits
     finally:
         handle.remove()
     return logits[0] if narrowed else logits.reshape(-1, logits.shape[-1])[read_N]

@@ -6,12 +6,10 @@ ends the run with the weights of the last good copy.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
-import tempfile
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,12 +29,12 @@ from keepshot.progress import Progress
 from keepshot.tuning.batch import Padded, Sample, group, pad, read_logits
 from keepshot.tuning.guard import ICLGuard
 from keepshot.tuning.methods import Prepared, training
+from keepshot.tuning.packing import pack, refuse_leaks
 from keepshot.tuning.recipe import Recipe
+from keepshot.tuning.resume import COMPLETE_FILE, TRAINED_FILE, last_state, states
+from keepshot.tuning.sharding import sharded
 from keepshot.tuning.terms import next_token
 
-TRAINED_FILE = "trained.safetensors"
-COMPLETE_FILE = "complete"
-"""Written last into a resume state: without it the state is half-written and never used."""
 GOOD_EVERY = 10
 """Steps between copies of the weights that a failed run falls back on."""
 
@@ -73,6 +71,8 @@ class Loop:
     guard: ICLGuard | None = None
     """Watches, if there is one; needs `tokenizer`."""
     tokenizer: Any = None
+    whole: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Filled by a run in which the model was divided among processes: all of its weights."""
 
 
 def run(loop: Loop, losses: list[dict[str, float]], progress: Progress) -> None:
@@ -81,11 +81,15 @@ def run(loop: Loop, losses: list[dict[str, float]], progress: Progress) -> None:
     Raises:
         TrainingError: if the loss or a weight is not a number, naming the step. The module then
             has the weights of the last good copy, and `losses` ends where that was taken.
+        ModelError: if samples are to be packed and the model cannot keep them apart.
     """
+    if loop.recipe.packing:
+        refuse_leaks(loop.prepared.module, loop.head)
     config = loop.prepared.module.config
     use_cache, verbosity = config.use_cache, transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
-    with quiet_transformers(), training(loop.prepared), _state(loop) as place:
+    kept = states(loop.state_dir, loop.recipe, loop.samples)
+    with quiet_transformers(), training(loop.prepared), kept as place:
         try:
             trainer = _KeepTrainer(loop, place, progress)
         except (ValueError, RuntimeError, ImportError) as error:
@@ -97,8 +101,9 @@ def run(loop: Loop, losses: list[dict[str, float]], progress: Progress) -> None:
                 "leave it out"
             ) from error
         try:
-            trainer.train(resume_from_checkpoint=_last_state(place))
+            trainer.train(resume_from_checkpoint=last_state(place))
             trainer.check_weights()
+            loop.whole.update(trainer.gathered())
         finally:
             losses.extend(trainer.rows())
             config.use_cache = use_cache
@@ -125,7 +130,7 @@ class _KeepTrainer(Trainer):
             model=loop.prepared.module,
             args=_arguments(loop, place),
             train_dataset=_Samples(loop.samples),
-            data_collator=_collate,
+            data_collator=_pack if loop.recipe.packing else _collate,
             callbacks=[callback],
             processing_class=loop.tokenizer,
         )
@@ -148,7 +153,10 @@ class _KeepTrainer(Trainer):
         step = self.state.global_step
         parts: list[dict[str, Tensor]] = inputs["parts"]
         logits_NV = torch.cat(
-            [read_logits(model, part["ids"], part["read"], self.loop.head) for part in parts]
+            [
+                read_logits(model, part["ids"], part["read"], self.loop.head, part.get("positions"))
+                for part in parts
+            ]
         )
         loss = next_token(logits_NV, torch.cat([part["targets"] for part in parts]))
         # Of the step's tokens some may be in other parts of the batch, or in other processes.
@@ -187,6 +195,13 @@ class _KeepTrainer(Trainer):
         """Check what the last step left, which no loss has seen."""
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self._trained()):
             self._fail(f"a weight is not a number after step {self.state.global_step}")
+
+    def gathered(self) -> dict[str, Tensor]:
+        """Return all weights by name where the model is divided among processes; else nothing."""
+        if not self.is_fsdp_enabled:
+            return {}
+        gathered: Any = self.accelerator.get_state_dict(self.model_wrapped)
+        return gathered
 
     def rows(self) -> list[dict[str, float]]:
         """Return one row a step, those before a resume included."""
@@ -249,10 +264,12 @@ class _KeepTrainer(Trainer):
                 prepared.parameters[name].mul_(1.0 - rate * mask)
 
     def _trained(self) -> list[Tensor]:
-        return list(self.loop.prepared.parameters.values())
+        return [parameter for _, parameter in self._named()]
 
     def _named(self) -> list[tuple[str, Tensor]]:
-        return list(self.loop.prepared.parameters.items())
+        # Where a model is divided among processes, its parameters are other ones by now.
+        prepared = self.loop.prepared
+        return [(n, p) for n, p in prepared.module.named_parameters() if n in prepared.parameters]
 
     def _fail(self, what: str) -> None:
         rate = self.loop.recipe.learning_rate
@@ -274,8 +291,14 @@ class _EachStep(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         latest = self._trainer.latest
         if self._trainer.loop.recipe.report_to:
-            rest = {f"train/{key}": value for key, value in latest.items() if key != "step"}
-            self._trainer.log(rest)
+            terms = {term.name for term in self._trainer.loop.terms}
+            self._trainer.log(
+                {
+                    f"keep/{key}" if key in terms else key: value
+                    for key, value in latest.items()
+                    if key != "step"
+                }
+            )
         # The Trainer keeps this list in its resume state.
         state.log_history.append({"step": state.global_step, "keepshot": latest})
         if state.global_step >= state.max_steps:
@@ -288,8 +311,15 @@ def _collate(samples: Sequence[Sample]) -> dict[str, Any]:
     return {"parts": [_tensors(pad(part)) for part in group(samples)]}
 
 
+def _pack(samples: Sequence[Sample]) -> dict[str, Any]:
+    return {"parts": [_tensors(row) for row in pack(samples)]}
+
+
 def _tensors(padded: Padded) -> dict[str, Tensor]:
-    return {"ids": padded.ids_BT, "read": padded.read_N, "targets": padded.targets_N}
+    tensors = {"ids": padded.ids_BT, "read": padded.read_N, "targets": padded.targets_N}
+    if padded.positions_BT is not None:
+        tensors["positions"] = padded.positions_BT
+    return tensors
 
 
 def _arguments(loop: Loop, place: Path) -> TrainingArguments:
@@ -306,8 +336,13 @@ def _arguments(loop: Loop, place: Path) -> TrainingArguments:
     schedulers = {
         "constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"
     }  # fmt: skip
+    on_cpu = next(loop.prepared.module.parameters()).device.type == "cpu"
+    divided = sharded(recipe, on_cpu=on_cpu, processes=processes)
+    # A resume state holds whole weights, which no process has then.
+    saves = loop.state_dir is not None and not divided
     return TrainingArguments(
         output_dir=str(place),
+        **divided,
         max_steps=recipe.steps,
         per_device_train_batch_size=at_once,
         gradient_accumulation_steps=recipe.accumulate,
@@ -326,9 +361,9 @@ def _arguments(loop: Loop, place: Path) -> TrainingArguments:
         remove_unused_columns=False,
         dataloader_num_workers=0,
         dataloader_pin_memory=False,
-        use_cpu=next(loop.prepared.module.parameters()).device.type == "cpu",
+        use_cpu=on_cpu,
         seed=recipe.seed,
-        save_strategy="no" if loop.state_dir is None else "steps",
+        save_strategy="steps" if saves else "no",
         save_steps=recipe.save_every,
         eval_strategy="no",
         logging_strategy="no",
@@ -344,39 +379,3 @@ def _checkpointing(recipe: Recipe) -> dict[str, Any]:
     known = TrainingArguments.__dataclass_fields__
     names = ("activation_checkpointing", "gradient_checkpointing")
     return {next(name for name in names if name in known): True}
-
-
-@contextlib.contextmanager
-def _state(loop: Loop) -> Generator[Path]:
-    """Yield the directory of resume states, which is gone once the run has ended by itself."""
-    if loop.state_dir is None:
-        with tempfile.TemporaryDirectory(prefix="keepshot-") as name:
-            yield Path(name)
-        return
-    place = loop.state_dir
-    mark = place / "recipe"
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    if first:
-        ours = mark.exists() and mark.read_text() == loop.recipe.fingerprint()
-        if place.exists() and not ours:
-            shutil.rmtree(place)
-        place.mkdir(parents=True, exist_ok=True)
-        mark.write_text(loop.recipe.fingerprint(), encoding="utf-8")
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    try:
-        yield place
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        raise
-    if first:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-def _last_state(place: Path) -> str | None:
-    """Return the newest complete state."""
-    states = [path.parent for path in place.glob(f"checkpoint-*/{COMPLETE_FILE}")]
-    newest = max(states, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return None if newest is None else str(newest)

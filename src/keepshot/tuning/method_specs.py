@@ -29,9 +29,9 @@ class LoRA(Spec):
     """Tag of this method: LoRA (arXiv 2106.09685), DoRA (2402.09353) or rsLoRA (2312.03732)."""
     rank: PositiveInt = 16
     """Rank of each adapter; `alpha` is twice this. No more than the adapted matrix has."""
-    targets: Literal["query-value", "value", "all-linear"] = "all-linear"
-    """Which linear layers get an adapter. The output head never does; in a fused qkv layer only
-    the rows that are asked for change."""
+    targets: Literal["query-value", "value", "attention", "all-linear"] = "all-linear"
+    """Which linear layers get an adapter; `attention` is queries, keys, values and outputs. The
+    output head never does; in a fused qkv layer only the rows that are asked for change."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Dropout in front of each adapter."""
 
@@ -157,7 +157,7 @@ def describe_method(name: str) -> str:
 
 _WORDS = {
     "full": "Every parameter trains.",
-    "lora": "Low-rank adapters beside frozen weights; `targets: value` or `query-value` narrows.",
+    "lora": "Low-rank adapters beside frozen weights; `targets`, such as `query-value`, narrows.",
     "dora": "LoRA that trains the length of every row of the adapted matrices as well.",
     "rslora": "LoRA with its update divided by the root of the rank, for higher ranks.",
     "value-only": "The attention's value projections train, at full rank.",

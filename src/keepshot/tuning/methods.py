@@ -56,6 +56,8 @@ class Prepared:
     """What `export` writes: `model/`, `adapter/`, or a prompt as `adapter/`."""
     rates: Mapping[str, float] = field(default_factory=dict[str, float])
     """Peak learning rates of parameters that have one of their own."""
+    whole: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """Weights by name, where the module itself holds parts of them only (FSDP)."""
 
     @property
     def num_trainable(self) -> int:
@@ -146,16 +148,17 @@ def export(prepared: Prepared, model: LanguageModel, out_dir: Path) -> Path:
         OutputError: if it cannot be written.
     """
     prompts = attached(model.module)
+    whole: dict[str, Any] = {"state_dict": dict(prepared.whole)} if prepared.whole else {}
     match prepared.export:
         case "model":
             place = out_dir / "model"
-            save(model, place, overwrite=True)
+            save(model, place, overwrite=True, **whole)
         case "adapter":
             place = out_dir / "adapter"
             within = prepared.module
             wrapper: PeftModel = within.model if isinstance(within, _Prompted) else within
             with building_directory(place, overwrite=True) as folder:
-                wrapper.save_pretrained(str(folder), save_embedding_layers=False)
+                wrapper.save_pretrained(str(folder), save_embedding_layers=False, **whole)
                 # peft's model card says nothing that its adapter_config.json does not.
                 (folder / "README.md").unlink(missing_ok=True)
                 record_base(folder, model.reference, model.sha256)
@@ -259,6 +262,13 @@ class _Prompted(nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         return self.model(**inputs)
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        # The Trainer asks what it is given, which for other methods is the model itself.
+        newer = getattr(self.model, "activation_checkpointing_enable", None)
+        (newer or self.model.gradient_checkpointing_enable)(*args, **kwargs)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
 
 
 def _prepare_prompt(module: Any) -> Prepared:

@@ -6,12 +6,13 @@ Knows no torch and no model. Defaults follow what was measured on small instruct
 
 from __future__ import annotations
 
+import operator
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from keepshot.specs import Spec
-from keepshot.tuning.keep import KL, SelfDistil, Term, TokenMask, check_terms, parse_keep
+from keepshot.tuning.keep import EWC, KL, L2SP, SelfDistil, Term, TokenMask, check_terms, parse_keep
 from keepshot.tuning.method_specs import (
     LoRA,
     Method,
@@ -96,6 +97,11 @@ class Recipe(Spec):
     """Compute activations again in the backward pass: less memory, about a third more time."""
     bf16: bool = False
     """Compute in bfloat16 where that is safe (autocast); weights stay as they are loaded."""
+    packing: bool = Field(default=False, exclude_if=operator.not_)
+    """Put the samples of a batch one behind the other instead of padding them. No sample attends to
+    another, and positions begin anew with each, so that losses stay the same to rounding."""
+    fsdp: str | None = Field(default=None, exclude_if=lambda path: path is None)
+    """FSDP configuration file (accelerate's, YAML), to divide the model among GPUs."""
     save_every: PositiveInt = 50
     """Steps between resume states, where a directory for them is given."""
     report_to: tuple[str, ...] = ()
@@ -111,6 +117,7 @@ class Recipe(Spec):
                 f"term {other[0]!r} would reach nothing that trains: prompt-tuning leaves the "
                 "model as it is, and other tasks do not see the prompt; leave the terms out"
             )
+        self._check_fsdp()
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size {self.batch_size} cannot be divided into accumulate = "
@@ -121,6 +128,22 @@ class Recipe(Spec):
                 f"data_shares {list(self.data_shares)} add up to {sum(self.data_shares):g}, not 1"
             )
         return self
+
+    def _check_fsdp(self) -> None:
+        """Refuse what reads or holds single weights while they are divided among processes."""
+        if self.fsdp is None:
+            return
+        held = [term.name for term in self.keep if isinstance(term, L2SP | EWC)]
+        names = ("full", "lora", "dora", "rslora", "bottom-frozen", "bias-only")
+        partly = isinstance(self.method, LoRA) and self.method.targets != "all-linear"
+        for wrong, what in (
+            (self.auto is not None, "auto (it probes the model in training; --keep none or kl)"),
+            (bool(held), f"term {', '.join(held)} (it holds single weights)"),
+            (self.method.name not in names or partly, f"method {self.method.name!r}"
+             f"{' with these targets' if partly else ''} (it may train parts of a matrix)"),
+        ):  # fmt: skip
+            if wrong:
+                raise ValueError(f"fsdp does not go with {what}; leave one out")
 
     def resolved(self, num_rows: int) -> Recipe:
         """Return this recipe with learning rate and steps filled in for `num_rows` samples."""

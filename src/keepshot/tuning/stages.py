@@ -149,7 +149,8 @@ def _run(loop: Loop, progress: Progress) -> Done:
             run(loop, losses, progress)
         except TrainingError as error:
             failure = error
-    return Done(loop.prepared, losses, sum(len(sample) for sample in loop.samples), failure)
+    prepared = replace(loop.prepared, whole=loop.whole)
+    return Done(prepared, losses, sum(len(sample) for sample in loop.samples), failure)
 
 
 def _train_prompt(work: Work, method: ProMoT, progress: Progress) -> Done:
