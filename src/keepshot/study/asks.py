@@ -36,7 +36,7 @@ class Ask(Spec):
     """Which models are asked."""
     template: str | None = None
     """Prompt template in place of each task's own."""
-    following: Following | None = None
+    following: Following | None = Field(default=None, exclude_if=lambda value: value is None)
     """Verifiable instructions, put to the same models; none if left out."""
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from keepshot.errors import ConfigError, unknown
 from keepshot.models.made import MAKING_VERSION, Degradation, FromScratch
@@ -20,6 +20,11 @@ from keepshot.tuning.recipe import Recipe
 
 TARGET = "target"
 """Stands among an ask's tasks for what the model was tuned for; of a base, for all targets."""
+
+
+def _is_none(value: Any) -> bool:
+    """Say what is left out of a spec's content, so that older studies stay what they were."""
+    return value is None
 
 
 class StudiedModel(Spec):
@@ -34,9 +39,9 @@ class StudiedModel(Spec):
     """
     tags: Mapping[str, str | int | float | bool] = {}
     """Further columns of the frame, such as `dose: 0.1` or `tuned_already: true`."""
-    degrade: Degradation | None = None
+    degrade: Degradation | None = Field(default=None, exclude_if=_is_none)
     """Harm done to the reference's model first; gives the columns `degraded` and `dose`."""
-    from_scratch: FromScratch | None = None
+    from_scratch: FromScratch | None = Field(default=None, exclude_if=_is_none)
     """Makes a model in place of a reference; gives `architecture`, `width`, `depth`, `steps`."""
 
     @model_validator(mode="after")
@@ -49,13 +54,6 @@ class StudiedModel(Spec):
         if both:
             raise ValueError(f"tag {both[0]!r} is a column of a model that is made; rename it")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out how a model is made where it is not, so that older studies stay the same."""
-        content: dict[str, Any] = handler(self)
-        made = ("degrade", "from_scratch")
-        return {k: v for k, v in content.items() if k not in made or v is not None}
 
     @property
     def label(self) -> str:
