@@ -1,0 +1,130 @@
+"""The default beside plain full tuning, from the study that compares them.
+
+    keepshot study studies/keep-auto.yaml --out runs/keep-auto --accept-licence gemma
+    python benchmarks/keeping.py runs/keep-auto
+
+For each model: every target with the default (`auto`), plain full tuning at the rate that was best
+on validation items of the target, and the gentlest rate whose validation score is within .02 of
+that. Target scores and retention are of test items, with 95 % intervals of a paired bootstrap over
+items (tasks and targets are fixed); the last lines are means over targets.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from keepshot import stats
+from keepshot.study.frame import matrix
+
+SEED = 0
+LEVEL = 0.02
+"""Validation scores of the target that differ by no more than this count as the same."""
+
+
+def score(rows: pd.DataFrame, target: str, split: str) -> np.ndarray:
+    """Return the target's answers, [1, items]."""
+    asked = rows[(rows["task"] == target) & (rows["shots"] == 0) & (rows["split"] == split)]
+    return matrix(asked.drop_duplicates(["tuning_seed", "item"]))
+
+
+def few_shot(rows: pd.DataFrame, target: str, shots: int) -> dict[str, np.ndarray]:
+    asked = rows[(rows["task"] != target) & (rows["shots"] == shots) & (rows["split"] == "test")]
+    return {str(task): matrix(own) for task, own in asked.groupby("task")}
+
+
+def words(found: stats.Interval | None) -> str:
+    if found is None:
+        return "n/a"
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
+
+
+def gained(after: dict, before: dict, chances: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+    """Return resampled scores above chance of both, [resamples] each, paired."""
+    generator = np.random.default_rng(SEED)
+    pairs = [stats.resampled_means([after[t], np.tile(before[t], (len(after[t]), 1))], generator)
+             for t in sorted(after)]  # fmt: skip
+    chance = float(np.mean([chances[t] for t in sorted(after)]))
+    return (np.mean([p[0] for p in pairs], axis=0) - chance,
+            np.mean([p[1] for p in pairs], axis=0) - chance)  # fmt: skip
+
+
+def kept(after: dict, before: dict, chances: pd.Series) -> tuple[float, np.ndarray]:
+    """Return retention, and its resamples."""
+    chance = float(np.mean([chances[t] for t in sorted(after)]))
+    point = (np.mean([after[t].mean() for t in after]) - chance) / (
+        np.mean([before[t].mean() for t in after]) - chance
+    )
+    ours, theirs = gained(after, before, chances)
+    return float(point), ours / theirs
+
+
+def chosen(arms: dict[str, pd.DataFrame], target: str) -> dict[str, str]:
+    """Return which recipes stand as the default, plain and gentle tuning, by validation items."""
+    plain = {name: float(score(rows, target, "validation").mean())
+             for name, rows in arms.items() if name != "auto"}  # fmt: skip
+    best = max(plain, key=lambda name: plain[name])
+    level = [name for name, value in plain.items() if value >= plain[best] - LEVEL]
+    gentle = min(level, key=lambda name: float(name.rpartition("=")[2]))
+    return {"auto": "auto", "plain": best, "gentle": gentle}
+
+
+def report(model: str, rows: pd.DataFrame) -> None:
+    base = rows[rows["stage"] == "base"]
+    chances = base.groupby("task")["chance"].mean()
+    heads = (
+        "target",
+        "arm",
+        "target score",
+        "against plain",
+        "kept, 4 shots",
+        "kept, 8 shots",
+        "n",
+    )
+    print(f"\n{model}\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    totals: dict[tuple[str, str], list[tuple[float, np.ndarray]]] = {}
+    for target, near in rows[rows["stage"] == "tuned"].groupby("target", sort=False):
+        arms = {str(name): own for name, own in near.groupby("recipe", sort=False)}
+        if "auto" not in arms or len(arms) < 2:
+            continue
+        names = chosen(arms, str(target))
+        before = score(base, str(target), "test")
+        untuned = words(stats.proportion(before.sum(), before.size))
+        print(f"| {target} | untuned | {untuned} | | 1 | 1 | {before.size} |")
+        plain = score(arms[names["plain"]], str(target), "test")
+        for arm, name in names.items():
+            own = score(arms[name], str(target), "test")
+            ours, theirs = stats.resampled_means([own, plain], np.random.default_rng(SEED))
+            figures = {"target": (float(own.mean() / plain.mean()), ours / theirs)}
+            size = 0
+            for shots in (4, 8):
+                after = few_shot(arms[name], str(target), shots)
+                untuned = few_shot(base, str(target), shots)
+                figures[f"kept, {shots} shots"] = kept(after, untuned, chances)
+                size = sum(answers.shape[1] for answers in after.values())
+            for what, found in figures.items():
+                totals.setdefault((arm, what), []).append(found)
+            share = stats.proportion(own.mean() * own.shape[1], own.shape[1])
+            cells = [words(share), *(words(stats.percentiles(*one)) for one in figures.values())]
+            label = arm if arm == "auto" else f"{arm} ({name.rpartition('=')[2]})"
+            print(f"| {target} | {label} | {' | '.join(cells)} | {own.shape[1]}; {size} |")
+    for (arm, what), found in totals.items():
+        value = float(np.mean([point for point, _ in found]))
+        spread = np.mean([values for _, values in found], axis=0)
+        mean = words(stats.percentiles(value, spread))
+        print(f"{arm}, {what}: mean of {len(found)} targets {mean}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("directory", type=Path)
+    frame = pd.read_parquet(parser.parse_args().directory / "frame.parquet")
+    for model, rows in frame.groupby("model", sort=False):
+        report(str(model), rows)
+
+
+if __name__ == "__main__":
+    main()
