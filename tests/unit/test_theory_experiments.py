@@ -41,7 +41,7 @@ def run(claim: str, **changes: object) -> ClaimRecord:
     return run_claims(spec, Silent()).claims[0]
 
 
-@pytest.mark.parametrize("claim", ["pretraining", "full", "value-only", "auxiliary"])
+@pytest.mark.parametrize("claim", ["pretraining", "full", "value-only", "auxiliary", "sweeps"])
 def test_claim_agrees_with_its_measurement(claim: str) -> None:
     record = run(claim)
     assert record.rows
