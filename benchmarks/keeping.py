@@ -36,30 +36,20 @@ def few_shot(rows: pd.DataFrame, target: str, shots: int) -> dict[str, np.ndarra
     return {str(task): matrix(own) for task, own in asked.groupby("task")}
 
 
-def words(found: stats.Interval | None) -> str:
-    if found is None:
-        return "n/a"
+def words(found: stats.Interval) -> str:
     return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
-
-
-def gained(after: dict, before: dict, chances: pd.Series) -> tuple[np.ndarray, np.ndarray]:
-    """Return resampled scores above chance of both, [resamples] each, paired."""
-    generator = np.random.default_rng(SEED)
-    pairs = [stats.resampled_means([after[t], np.tile(before[t], (len(after[t]), 1))], generator)
-             for t in sorted(after)]  # fmt: skip
-    chance = float(np.mean([chances[t] for t in sorted(after)]))
-    return (np.mean([p[0] for p in pairs], axis=0) - chance,
-            np.mean([p[1] for p in pairs], axis=0) - chance)  # fmt: skip
 
 
 def kept(after: dict, before: dict, chances: pd.Series) -> tuple[float, np.ndarray]:
     """Return retention, and its resamples."""
-    chance = float(np.mean([chances[t] for t in sorted(after)]))
-    point = (np.mean([after[t].mean() for t in after]) - chance) / (
-        np.mean([before[t].mean() for t in after]) - chance
-    )
-    ours, theirs = gained(after, before, chances)
-    return float(point), ours / theirs
+    tasks = sorted(after)
+    untuned = [np.tile(before[task], (len(after[task]), 1)) for task in tasks]
+    found = stats.resampled_retention(
+        [after[task] for task in tasks], untuned, [float(chances[task]) for task in tasks],
+        np.random.default_rng(SEED),
+    )  # fmt: skip
+    assert found is not None, "the untuned model is above chance"
+    return found
 
 
 def chosen(arms: dict[str, pd.DataFrame], target: str) -> dict[str, str]:
@@ -92,8 +82,8 @@ def report(model: str, rows: pd.DataFrame) -> None:
             continue
         names = chosen(arms, str(target))
         before = score(base, str(target), "test")
-        untuned = words(stats.proportion(before.sum(), before.size))
-        print(f"| {target} | untuned | {untuned} | | 1 | 1 | {before.size} |")
+        share = words(stats.proportion(before.sum(), before.size))
+        print(f"| {target} | untuned | {share} | | 1 | 1 | {before.size} |")
         plain = score(arms[names["plain"]], str(target), "test")
         for arm, name in names.items():
             own = score(arms[name], str(target), "test")

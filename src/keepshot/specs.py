@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_args
 
@@ -126,16 +126,27 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[str]) -> dict[s
     return result
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any], most: int = 4) -> list[str]:
+def is_none(value: Any) -> bool:
+    """Say what a newer key leaves out of a spec's content, so that older specs stay the same."""
+    return value is None
+
+
+def changes(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    left_out: Collection[str] = (),
+    most: int = 4,
+) -> list[str]:
     """Word what differs between two dumped specs: dotted keys, with both values.
 
     Args:
         before: what was stored.
         now: what is asked.
+        left_out: keys whose values do not count.
         most: differences that are worded; a last entry counts the others.
     """
     old, new = _flat(before), _flat(now)
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and key not in left_out]
     told = [
         f"{key} was {_short(old.get(key))}, is {_short(new.get(key))}" for key in keys[:most]
     ]  # fmt: skip

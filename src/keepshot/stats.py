@@ -86,6 +86,17 @@ def retention(
         None where the model before tuning is not reliably above chance, so that a share of its
         ability means nothing.
     """
+    found = resampled_retention(after, before, chances, generator)
+    return None if found is None else percentiles(*found)
+
+
+def resampled_retention(
+    after: Sequence[Matrix],
+    before: Sequence[Matrix],
+    chances: Sequence[float],
+    generator: np.random.Generator,
+) -> tuple[float, NDArray[np.float64]] | None:
+    """Return what `retention` is made of: its value, and that of every resample."""
     for task_after, task_before in zip(after, before, strict=True):
         assert task_after.shape == task_before.shape, "retention needs paired items and draws"
     chance = float(np.mean(chances))
@@ -97,7 +108,7 @@ def retention(
     point = (np.mean([a.mean() for a in after]) - chance) / (
         np.mean([b.mean() for b in before]) - chance
     )
-    return percentiles(float(point), gained_after / gained_before)
+    return float(point), gained_after / gained_before
 
 
 def resampled_means(

@@ -26,6 +26,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from coloured import write_colours
 from keepshot import cli, exits
 from keepshot.assets import AssetStore
 from keepshot.models.loading import load, save
@@ -236,14 +237,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _write_files(root: Path) -> None:
-    names = ["red", "green", "blue"]
-    rows = [
-        {"input": f"thing {number}", "output": names[number % 3], "choices": names}
-        for number in range(60)
-    ]
+    write_colours(root)
     long = [{"input": f"{'x' * 80} {number}", "output": "y"} for number in range(40)]
     texts = {
-        "colours.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
         "long.jsonl": "".join(json.dumps(row) + "\n" for row in long),
         "few.jsonl": ROW + ROW.replace('"a"', '"c"') + ROW.replace('"a"', '"d"'),
         "broken.jsonl": ROW + "{not json\n",

@@ -20,6 +20,7 @@ import typer
 import yaml
 
 from cases import TASKS
+from coloured import write_colours
 from command import status
 from keepshot import __version__, cli
 from keepshot.assets import AssetStore
@@ -28,7 +29,6 @@ from keepshot.tasks.catalog import load_task
 from pico import pico_model
 
 HERE = Path(__file__).parent
-COLOURS = ["red", "green", "blue"]
 STEPS = {"steps": 3, "batch_size": 4}
 RECIPE: dict[str, Any] = {
     "name": "golden",
@@ -91,12 +91,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run on a pico model: its directory, and what was printed."""
     root = tmp_path_factory.mktemp("golden")
     save(pico_model("llama"), root / "base")
-    rows = [
-        {"input": f"thing {number}", "output": COLOURS[number % 3], "choices": COLOURS}
-        for number in range(60)
-    ]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (root / "colours.jsonl").write_text(lines, encoding="utf-8")
+    write_colours(root)
     (root / "recipe.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):

@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 
+from coloured import write_colours
 from command import status
 from keepshot.models.checkpoint import TensorReader
 from keepshot.models.loading import LanguageModel, save
@@ -52,13 +53,7 @@ def workplace(
     monkeypatch.chdir(tmp_path)
     save(fresh_pico("llama", seed=0), tmp_path / "base")
     save(fresh_pico("llama", seed=1), tmp_path / "other")
-    names = ["red", "green", "blue"]
-    rows = [
-        {"input": f"thing {number}", "output": names[number % 3], "choices": names}
-        for number in range(60)
-    ]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "colours.jsonl").write_text(lines, encoding="utf-8")
+    write_colours(tmp_path)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
     return tmp_path
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from coloured import write_colours
 from command import status
 from keepshot.models.loading import LanguageModel, save
 from keepshot.records import JudgeDocument, ResultDocument, read_instructions
@@ -23,12 +24,7 @@ def workplace(
     monkeypatch.chdir(tmp_path)
     save(fresh_pico("llama", seed=0), tmp_path / "base")
     save(fresh_pico("llama", seed=1), tmp_path / "other")
-    names = ["red", "green", "blue"]
-    rows = [
-        {"input": f"thing {number}", "output": names[number % 3], "choices": names}
-        for number in range(40)
-    ]
-    (tmp_path / "colours.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    write_colours(tmp_path, 40)
     prompts = [{"instruction": f"Say {word}."} for word in ("hello", "stone", "river", "yes")]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)), "utf-8")
     return tmp_path

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from coloured import write_colours
 from command import status
 from keepshot.errors import ConfigError
 from keepshot.models.loading import LanguageModel, save
@@ -38,8 +39,7 @@ def workplace(
 ) -> Path:
     monkeypatch.chdir(tmp_path)
     save(fresh_pico("llama", seed=0), tmp_path / "base")
-    rows = [{"input": f"thing {n}", "output": ("red", "green")[n % 2]} for n in range(40)]
-    (tmp_path / "colours.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    write_colours(tmp_path, 40)
     return tmp_path
 
 

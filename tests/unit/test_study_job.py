@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from coloured import write_colours
 from command import status
 from keepshot.models.loading import LanguageModel, save
 from keepshot.study.analysis import mixed_model
@@ -63,13 +64,7 @@ def workplace(
     monkeypatch.chdir(tmp_path)
     save(fresh_pico("llama", seed=0), tmp_path / "base")
     save(fresh_pico("qwen2", seed=1), tmp_path / "other")
-    names = ["red", "green", "blue"]
-    rows = [
-        {"input": f"thing {number}", "output": names[number % 3], "choices": names}
-        for number in range(60)
-    ]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "colours.jsonl").write_text(text, encoding="utf-8")
+    write_colours(tmp_path)
     write_study(tmp_path)
     return tmp_path
 

@@ -8,7 +8,6 @@ nothing was finished, nothing is left.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -23,6 +22,7 @@ from typing import Self
 import yaml
 
 from keepshot import __version__, records
+from keepshot.assets import sha256_of
 from keepshot.errors import OutputError, UserError, is_full_disk
 from keepshot.records import InstructionRow, ItemResult, ResultDocument
 from keepshot.report import write_report
@@ -70,7 +70,7 @@ class Workspace:
         self._made = [parent for parent in self.path.parents if not parent.exists()]
         self._mark = self.path / "fingerprint"
         self._wanted = f"{type(spec).__name__} {spec.fingerprint()} keepshot {__version__}"
-        self._inputs = {str(path): _sha256(path) for path in sorted(example_files(spec))}
+        self._inputs = {str(path): sha256_of(path) for path in sorted(example_files(spec))}
         if self._mark.exists() and not overwrite and not self._is_ours():
             found = "; ".join(self._differences())
             raise OutputError(
@@ -131,12 +131,7 @@ class Workspace:
         stored = self.path / SPEC_FILE
         before = read_yaml(stored) if stored.is_file() else {}
         now: dict[str, object] = self._spec.model_dump(mode="json")
-        left_out = self._spec.no_effect_on_results
-        told = [
-            change
-            for change in changes(before, now)
-            if before and change.partition(" ")[0] not in left_out
-        ]
+        told = changes(before, now, self._spec.no_effect_on_results) if before else []
         told += [f"{name} has changed" for name in self._changed_files()]
         mark = self._mark.read_text("utf-8")
         if not mark.endswith(f" {__version__}"):
@@ -191,11 +186,6 @@ def example_files(spec: Spec) -> set[Path]:
 
     look(spec.model_dump(mode="json"))
     return {path for path in found if path.is_file()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def environment() -> dict[str, object]:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from keepshot.judging.policy import Following
 from keepshot.records import Split
-from keepshot.specs import Spec
+from keepshot.specs import Spec, is_none
 
 Setting = Literal["direct", "gold"]
 SETTINGS: tuple[Setting, ...] = get_args(Setting)
@@ -36,7 +36,7 @@ class Ask(Spec):
     """Which models are asked."""
     template: str | None = None
     """Prompt template in place of each task's own."""
-    following: Following | None = Field(default=None, exclude_if=lambda value: value is None)
+    following: Following | None = Field(default=None, exclude_if=is_none)
     """Verifiable instructions, put to the same models; none if left out."""
 
     @model_validator(mode="after")

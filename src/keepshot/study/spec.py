@@ -14,17 +14,12 @@ from pydantic import Field, model_validator
 from keepshot.errors import ConfigError, unknown
 from keepshot.models.made import MAKING_VERSION, Degradation, FromScratch
 from keepshot.records import Split
-from keepshot.specs import Spec, apply_overrides
+from keepshot.specs import Spec, apply_overrides, is_none
 from keepshot.study.asks import Ask, Stage
 from keepshot.tuning.recipe import Recipe
 
 TARGET = "target"
 """Stands among an ask's tasks for what the model was tuned for; of a base, for all targets."""
-
-
-def _is_none(value: Any) -> bool:
-    """Say what is left out of a spec's content, so that older studies stay what they were."""
-    return value is None
 
 
 class StudiedModel(Spec):
@@ -39,9 +34,9 @@ class StudiedModel(Spec):
     """
     tags: Mapping[str, str | int | float | bool] = {}
     """Further columns of the frame, such as `dose: 0.1` or `tuned_already: true`."""
-    degrade: Degradation | None = Field(default=None, exclude_if=_is_none)
+    degrade: Degradation | None = Field(default=None, exclude_if=is_none)
     """Harm done to the reference's model first; gives the columns `degraded` and `dose`."""
-    from_scratch: FromScratch | None = Field(default=None, exclude_if=_is_none)
+    from_scratch: FromScratch | None = Field(default=None, exclude_if=is_none)
     """Makes a model in place of a reference; gives `architecture`, `width`, `depth`, `steps`."""
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Literal
 
 from keepshot.prompts import Example
-from keepshot.tasks.procedural import NUM_MADE, words
+from keepshot.tasks.procedural import NUM_MADE, made, words
 
 if TYPE_CHECKING:
     from numpy.random import Generator
@@ -47,13 +47,7 @@ class Rule:
 
     def questions(self, generator: Generator) -> list[Example]:
         """Make different questions, as many as a task needs, all with the instruction."""
-        made: dict[str, Example] = {}
-        for _ in range(20 * NUM_MADE):
-            example = self.example(generator)
-            made.setdefault(example.input, example)
-            if len(made) == NUM_MADE:
-                break
-        return list(made.values())
+        return made(generator, self.example)
 
 
 @cache
@@ -62,8 +56,8 @@ def rules() -> dict[str, Rule]:
 
     A measured one has each of its parts in several that are trained on.
     """
-    made = [*_word_rules(), *_number_rules(), *_label_rules()]
-    return {rule.name: rule for rule in made}
+    every = [*_word_rules(), *_number_rules(), *_label_rules()]
+    return {rule.name: rule for rule in every}
 
 
 def measured_rules() -> list[Rule]:
@@ -121,18 +115,18 @@ _FORMS: dict[str, str] = {
 
 
 def _word_rules() -> list[Rule]:
-    made: list[Rule] = []
+    found: list[Rule] = []
     for column, (selection, meant) in enumerate(_SELECTIONS.items()):
         for row, (form, wording) in enumerate(_FORMS.items()):
             if form == "kind" and selection in KINDS:
                 continue  # its answer would always be the same
-            made.append(
+            found.append(
                 Rule(
                     f"{selection}-{form}", "words", wording.format(meant),
                     _word_maker(selection, form), measured=(column + row) % 3 == 0,
                 )
             )  # fmt: skip
-    return made
+    return found
 
 
 def _word_maker(selection: str, form: str) -> Callable[[Generator], tuple[str, str]]:

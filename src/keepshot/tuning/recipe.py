@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from keepshot.specs import Spec
+from keepshot.specs import Spec, is_none
 from keepshot.tuning.keep import EWC, KL, L2SP, SelfDistil, Term, TokenMask, check_terms, parse_keep
 from keepshot.tuning.method_specs import (
     LoRA,
@@ -100,7 +100,7 @@ class Recipe(Spec):
     packing: bool = Field(default=False, exclude_if=operator.not_)
     """Put the samples of a batch one behind the other instead of padding them. No sample attends to
     another, and positions begin anew with each, so that losses stay the same to rounding."""
-    fsdp: str | None = Field(default=None, exclude_if=lambda path: path is None)
+    fsdp: str | None = Field(default=None, exclude_if=is_none)
     """FSDP configuration file (accelerate's, YAML), to divide the model among GPUs."""
     save_every: PositiveInt = 50
     """Steps between resume states, where a directory for them is given."""

@@ -88,12 +88,9 @@ def _complaint(place: Path, recipe: Recipe, about: dict[str, Any]) -> str | None
     same = mark.is_file() and mark.read_text("utf-8") == recipe.fingerprint()
     if same and there.get("samples", about["samples"]) == about["samples"]:
         return None
-    left_out = recipe.no_effect_on_results
-    found = [
-        change
-        for change in changes(there.get("recipe", {}), about["recipe"])
-        if there and change.partition(" ")[0] not in left_out
-    ]
+    found: list[str] = []
+    if there:
+        found = changes(there["recipe"], about["recipe"], recipe.no_effect_on_results)
     if there and there["samples"] != about["samples"]:
         found.append("the samples differ (the data, the anchors' order or the tokenizer)")
     words = "; ".join(found) or "what differs was not recorded"
