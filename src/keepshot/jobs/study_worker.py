@@ -15,11 +15,13 @@ from keepshot.jobs.measure import check_shots, plan_for, read_tasks, template_na
 from keepshot.jobs.separation import check_apart
 from keepshot.jobs.specs import Measuring
 from keepshot.jobs.study_following import Examiners
+from keepshot.jobs.study_writing import answer, form_for, write
 from keepshot.jobs.target import load_target
 from keepshot.jobs.tune import VALIDATION_SHARE, anchor_tasks, general_rows
 from keepshot.models.loading import LanguageModel, load
 from keepshot.progress import Silent
 from keepshot.records import Cost, InstructionRow, ItemResult
+from keepshot.scoring.engine import Engine
 from keepshot.scoring.evaluate import Plan
 from keepshot.study.directory import StudyDirectory
 from keepshot.study.grid import Grid, Unit, names_in, tasks_of
@@ -31,6 +33,8 @@ from keepshot.tuning.anchors import examples_of
 from keepshot.tuning.data import hold_out
 from keepshot.tuning.mixture import Branch
 from keepshot.tuning.recipe import Recipe
+from keepshot.tuning.samplegen import Samples, is_plain
+from keepshot.tuning.tokenised import learned_rows
 from keepshot.tuning.train import Extra, train
 
 
@@ -68,6 +72,13 @@ class Worker:
             if ask.template is not None:
                 template_named(ask.template)
             check_shots([self._task(name)], ask.all_shots)
+            for recipe in self.spec.recipes.values():
+                if ask.written and not is_plain(recipe.samples):
+                    form_for(self._task(name), recipe.samples)
+        for target in {unit.subject.target for unit in grid.units.values() if unit.kind == "tune"}:
+            task = self._task(str(target))
+            for recipe in self.spec.recipes.values():
+                learned_rows(recipe, task.train, task.train, task.template, task.name)
         measured = [self._task(name) for name in asked if name not in self.spec.targets]
         trained: dict[str, Sequence[Row]] = {}
         for name, recipe in self.spec.recipes.items():
@@ -82,7 +93,7 @@ class Worker:
                 self._tasks[name] = load_target(name, self.store)
             else:
                 asks = self.spec.asks.values()
-                shots = max(max(ask.all_shots) for ask in asks)
+                shots = max(max(ask.all_shots, default=0) for ask in asks)
                 validation = any("validation" in ask.splits for ask in asks)
                 measuring = Measuring(tasks=(name,), shots=(shots,))
                 (self._tasks[name],) = read_tasks(measuring, self.store, validation=validation)
@@ -96,7 +107,7 @@ class Worker:
         if ask.template is not None:
             template = template_named(ask.template)
             tasks = [replace(task, template=template) for task in tasks]
-        measuring = Measuring(shots=ask.all_shots, seeds=ask.seeds, limit=ask.limit)
+        measuring = Measuring(shots=ask.all_shots or (0,), seeds=ask.seeds, limit=ask.limit)
         return plan_for(
             measuring,
             tasks,
@@ -162,6 +173,8 @@ class Worker:
         )
 
     def _measure(self, unit: Unit) -> Outcome:
+        if unit.settings:
+            return self._measure_written(unit)
         plan, subject = self.plan(unit), unit.subject
         # A point of the path is asked in the words of the model at its end.
         tuned = self._tuned_model(unit) if subject.lam is not None else None
@@ -196,6 +209,37 @@ class Worker:
             task_versions={task.name: task.version for task in plan.tasks},
         )
 
+    def _measure_written(self, unit: Unit) -> Outcome:
+        """Let the tuned model write demonstrations, and it or its base answer after them."""
+        plan, longest = self.plan(unit), self.spec.asks[str(unit.ask)].written_tokens
+        tuned = self._tuned_model(unit)
+        base = self._base_model(unit) if unit.holds_two else tuned
+        engine, progress = self._ledger.engine(tuned), self._ledger.progress.update
+        before = engine.cost
+        drafts = write(engine, plan, self.samples(unit), longest, progress)
+        rows: list[ItemResult] = []
+        spent: list[Cost] = []
+        for setting in unit.settings:
+            if setting == "pipeline":
+                spent.append(_spent(engine, before))
+                engine = self._ledger.engine(base)
+                before = engine.cost
+            rows += answer(engine, plan, drafts, setting, arm=unit.subject.label, progress=progress)
+        spent.append(_spent(engine, before))
+        written = sum(len(tuned.encode_plain(draft.written)) for draft in drafts)
+        return Outcome(
+            items=rows,
+            model=model_record(tuned),
+            loading_seconds=self._loading,
+            work_seconds=sum(cost.seconds for cost in spent),
+            tokens=written + sum(cost.tokens_prefilled for cost in spent),
+            task_versions={task.name: task.version for task in plan.tasks},
+        )
+
+    def samples(self, unit: Unit) -> Samples:
+        """Return the form of the samples that a unit's model learned."""
+        return self.spec.recipes[str(unit.subject.recipe)].samples
+
     # -- models ----------------------------------------------------------------------------
 
     def reference(self, unit: Unit) -> str:
@@ -208,7 +252,7 @@ class Worker:
         label = unit.subject.model
         if self._base is None or self._base[0] != label:
             self._base = None
-            if unit.subject.lam is None:
+            if not unit.holds_two:
                 self._tuned = None  # room for one model is enough
             model = self.load(self.reference(unit))
             self._base = label, replace(model, reference=label)
@@ -218,7 +262,7 @@ class Worker:
         assert unit.needs is not None
         if self._tuned is None or self._tuned[0] != unit.needs:
             self._tuned = None
-            if unit.subject.lam is None:
+            if not unit.holds_two:
                 self._base = None
             model = self.load(str(self.directory.model(unit.needs)))
             self._tuned = (
@@ -252,6 +296,14 @@ class _Steps(Silent):
     def update(self, done: int, total: int, detail: str = "") -> None:
         """Pass on."""
         self._watch.update(done, total, detail)
+
+
+def _spent(engine: Engine, before: Cost) -> Cost:
+    now = engine.cost
+    return Cost(
+        seconds=now.seconds - before.seconds,
+        tokens_prefilled=now.tokens_prefilled - before.tokens_prefilled,
+    )
 
 
 def tokens_read(sources: Sequence[Branch], steps: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
@@ -11,8 +11,15 @@ from keepshot.judging.policy import Following
 from keepshot.records import Split
 from keepshot.specs import Spec, is_none
 
-Setting = Literal["direct", "gold"]
-SETTINGS: tuple[Setting, ...] = get_args(Setting)
+Written = Literal["samplegen", "pipeline"]
+WRITTEN: tuple[Written, ...] = get_args(Written)
+"""Settings whose demonstrations a model that was tuned to write some writes itself."""
+Setting = Literal["direct", "gold", Written]
+SETTINGS: tuple[Setting, ...] = ("direct", "gold")
+"""What is asked where an ask says nothing."""
+WRITING_VERSION = 1
+"""Raised when what is written, or how answers are found in it, would change."""
+WRITTEN_TOKENS = 256
 Stage = Literal["base", "tuned", "blend"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
@@ -23,7 +30,9 @@ class Ask(Spec):
     tasks: tuple[str, ...] = ("core",)
     """Suites, tasks, paths of examples files, or `target`; `[]` where only instructions are put."""
     settings: tuple[Setting, ...] = Field(default=SETTINGS, min_length=1)
-    """`direct`: the question alone. `gold`: after right demonstrations, `shots` of them."""
+    """`direct`: the question alone. `gold`: after right demonstrations, `shots` of them. Of models
+    tuned with `samples: samplegen` alone: `samplegen`, after two demonstrations that they write;
+    `pipeline`, the untuned model after these same demonstrations."""
     shots: tuple[int, ...] = Field(default=(4,), min_length=1)
     """Numbers of demonstrations, for `gold`."""
     seeds: int = Field(default=1, ge=1)
@@ -36,6 +45,10 @@ class Ask(Spec):
     """Which models are asked."""
     template: str | None = None
     """Prompt template in place of each task's own."""
+    written_tokens: int = Field(
+        default=WRITTEN_TOKENS, ge=8, exclude_if=lambda value: value == WRITTEN_TOKENS
+    )
+    """Most tokens that a model writes before its answer, for `samplegen` and `pipeline`."""
     following: Following | None = Field(default=None, exclude_if=is_none)
     """Verifiable instructions, put to the same models; none if left out."""
 
@@ -45,13 +58,50 @@ class Ask(Spec):
             raise ValueError("nothing is asked; name `tasks`, or put instructions: `following: {}`")
         if min(self.shots) < 1:
             raise ValueError("demonstrations are counted from 1; `direct` asks without any")
+        if self.written:
+            self._check_written(f"setting {self.written[0]!r}")
         return self
+
+    def _check_written(self, what: str) -> None:
+        if "tuned" not in self.of:
+            raise ValueError(f"{what} asks tuned models, and `of` leaves them out; add `tuned`")
+        if self.template is not None:
+            raise ValueError(f"{what} goes by the form that was learned; leave `template` out")
+        if self.following is not None and not self.all_shots:
+            raise ValueError(
+                f"`following` does not go with {what} alone; give it an ask of its own"
+            )
+
+    @property
+    def written(self) -> tuple[Written, ...]:
+        """Those of its settings whose demonstrations a model writes, in a fixed order."""
+        return tuple(one for one in WRITTEN if one in self.settings)
 
     @property
     def all_shots(self) -> tuple[int, ...]:
         """Numbers of demonstrations of all settings, 0 for `direct`."""
         given = self.shots if "gold" in self.settings else ()
         return tuple(sorted({*given, *((0,) if "direct" in self.settings else ())}))
+
+    def setting_at(self, shots: int) -> str:
+        """Return what the frame calls its setting at a number of given demonstrations."""
+        return "gold" if shots else "direct"
+
+    def how(
+        self, settings: Sequence[Written], split: Split, seed: int, known: Mapping[str, str]
+    ) -> list[Any]:
+        """Return what identifies one measurement of it, besides the tasks.
+
+        Args:
+            settings: those whose demonstrations are written; none for `direct` and `gold`.
+            split: where items come from.
+            seed: the study's first draw of demonstrations.
+            known: as `followed` takes it.
+        """
+        if settings:
+            return ["written", WRITING_VERSION, [*settings], self.written_tokens, self.limit, split]
+        how = [self.all_shots, self.seeds, seed, self.limit, self.template, split]
+        return how + self.followed(known)
 
     def followed(self, known: Mapping[str, str]) -> list[Any]:
         """Return what identifies the instructions that are put; nothing where none are.

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from keepshot import stats
@@ -20,6 +21,7 @@ from keepshot.errors import StudyError
 from keepshot.outputs import replacing
 from keepshot.records import read_item_table
 from keepshot.stats import Matrix
+from keepshot.study.asks import WRITTEN
 from keepshot.study.directory import UnitRecord
 from keepshot.study.document import StudyArm
 from keepshot.study.grid import Grid
@@ -78,10 +80,13 @@ def item_frame(
         }
         columns = {name: _repeated(v, table.num_rows, t) for name, (v, t) in constants.items()}
         columns |= {name: table[name] for name in KEPT_COLUMNS}
+        shots, ask = table["shots"].to_numpy(), spec.asks[cell.ask]
+        own = pa.array(np.where(shots == 0, *(ask.setting_at(number) for number in (0, 1))))
+        there = "setting" in table.column_names
+        columns["setting"] = pc.coalesce(table["setting"], own) if there else own
         columns["num_choices"] = [len(choices) for choices in table["choices"].to_pylist()]
         parts.append(pa.table(columns))
     frame = pa.concat_tables(parts).to_pandas() if parts else pd.DataFrame(columns=_columns())
-    frame["setting"] = np.where(frame["shots"] == 0, "direct", "gold")
     num_choices = frame.pop("num_choices").to_numpy(float)
     frame["chance"] = np.where(num_choices > 0.0, 1.0 / np.maximum(num_choices, 1.0), 0.0)
     clash = sorted(tags & set(frame.columns) | tags & {"is_target"})
@@ -130,6 +135,7 @@ def pairs(scores: Frame, *, shots: int, split: str = "test", by_task: bool = Tru
         `log_size`.
     """
     there = scores[(scores["split"] == split) & (scores["stage"] != "blend")]
+    there = there[there["setting"].isin(["direct", "gold"])]
     base = there[there["stage"] == "base"]
     by = ["model", "task"]
     gold = base[base["shots"] == shots].groupby(by)["value"].mean().rename("base")
@@ -162,6 +168,7 @@ def arms(
     Tuning seeds and draws of demonstrations are resampled together, as one level.
     """
     found: list[StudyArm] = []
+    items = items[~items["setting"].isin(WRITTEN)]
     seconds: dict[tuple[str, str | None, str | None], list[float]] = {}
     for subject, identity in grid.tuned.items():
         record = records.get(identity)
@@ -254,6 +261,6 @@ def _repeated(value: Any, count: int, kind: pa.DataType) -> pa.Array:
 
 
 def _columns() -> list[str]:
-    made = ("is_target", "setting")
+    made = ("is_target",)
     named = ["unit", "num_choices", *SCORE_KEYS, *KEPT_COLUMNS]
     return [name for name in dict.fromkeys(named) if name not in made]
