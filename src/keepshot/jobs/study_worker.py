@@ -29,11 +29,12 @@ from keepshot.study.runner import Outcome, Watch
 from keepshot.study.spec import StudySpec
 from keepshot.tasks.source import Row
 from keepshot.tasks.task import Task
+from keepshot.tasks.variants import varied
 from keepshot.tuning.anchors import examples_of
 from keepshot.tuning.data import hold_out
 from keepshot.tuning.mixture import Branch
 from keepshot.tuning.recipe import Recipe
-from keepshot.tuning.samplegen import Samples, is_plain
+from keepshot.tuning.samplegen import Samples
 from keepshot.tuning.tokenised import learned_rows
 from keepshot.tuning.train import Extra, train
 
@@ -72,13 +73,7 @@ class Worker:
             if ask.template is not None:
                 template_named(ask.template)
             check_shots([self._task(name)], ask.all_shots)
-            for recipe in self.spec.recipes.values():
-                if ask.written and not is_plain(recipe.samples):
-                    form_for(self._task(name), recipe.samples)
-        for target in {unit.subject.target for unit in grid.units.values() if unit.kind == "tune"}:
-            task = self._task(str(target))
-            for recipe in self.spec.recipes.values():
-                learned_rows(recipe, task.train, task.train, task.template, task.name)
+        self._check_settings(grid)
         measured = [self._task(name) for name in asked if name not in self.spec.targets]
         trained: dict[str, Sequence[Row]] = {}
         for name, recipe in self.spec.recipes.items():
@@ -86,6 +81,27 @@ class Worker:
                 trained[f"anchor task {task.name!r}"] = examples_of(task)
             trained[f"recipe {name!r}: general data"] = general_rows(recipe, self.store)
         check_apart(measured, trained)
+
+    def _check_settings(self, grid: Grid) -> None:
+        """See that tasks can be asked in the variants and forms that are wanted, and taught so."""
+        seen: set[tuple[str | None, ...]] = set()
+        for unit in grid.units.values():
+            subject = unit.subject
+            form = self.samples(unit) if unit.settings else None
+            key = unit.kind, unit.ask, subject.target, form, unit.ask or subject.recipe
+            if key in seen:
+                continue
+            seen.add(key)
+            if unit.kind == "measure":
+                ask, plan = self.spec.asks[str(unit.ask)], self.plan(unit)
+                check_shots(plan.tasks if ask.is_varied else (), ask.all_shots)
+                if form is not None:
+                    for task in plan.tasks:
+                        form_for(task, form)
+            elif unit.kind == "tune":
+                recipe = self.spec.recipes[str(subject.recipe)]
+                task = self._task(str(subject.target))
+                learned_rows(recipe, task.train, task.train, task.template, task.name)
 
     def _task(self, name: str) -> Task:
         if name not in self._tasks:
@@ -104,6 +120,7 @@ class Worker:
         ask = self.spec.asks[str(unit.ask)]
         target = unit.subject.target
         tasks = [self._task(name) for name in tasks_of(self.spec, unit)]
+        tasks = [varied(task, ask.wording, ask.demonstrations, tasks) for task in tasks]
         if ask.template is not None:
             template = template_named(ask.template)
             tasks = [replace(task, template=template) for task in tasks]

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from keepshot.judging.policy import Following
 from keepshot.records import Split
 from keepshot.specs import Spec, is_none
+from keepshot.tasks.variants import VARIANTS_VERSION, Demonstrations, Wording
 
 Written = Literal["samplegen", "pipeline"]
 WRITTEN: tuple[Written, ...] = get_args(Written)
@@ -45,6 +46,12 @@ class Ask(Spec):
     """Which models are asked."""
     template: str | None = None
     """Prompt template in place of each task's own."""
+    wording: Wording = Field(default="plain", exclude_if=lambda value: value == "plain")
+    """What stands around questions: each task's own template (`plain`), overdone words (`ornate`),
+    or no names of fields (`bare`)."""
+    demonstrations: Demonstrations = Field(default="gold", exclude_if=lambda value: value == "gold")
+    """What `gold` shows: right answers (`gold`), words that are none (`corrupted`), demonstrations
+    of another task of the ask (`other-task`), labels exchanged (`flipped`) or drawn (`random`)."""
     written_tokens: int = Field(
         default=WRITTEN_TOKENS, ge=8, exclude_if=lambda value: value == WRITTEN_TOKENS
     )
@@ -60,6 +67,13 @@ class Ask(Spec):
             raise ValueError("demonstrations are counted from 1; `direct` asks without any")
         if self.written:
             self._check_written(f"setting {self.written[0]!r}")
+        if self.wording != "plain" and self.template is not None:
+            raise ValueError(f"`wording: {self.wording}` is a template; leave `template` out")
+        if self.demonstrations != "gold" and "direct" in self.settings:
+            raise ValueError(
+                f"`demonstrations: {self.demonstrations}` changes nothing of `direct`, which shows "
+                "none; write `settings: [gold]`, and ask `direct` apart"
+            )
         return self
 
     def _check_written(self, what: str) -> None:
@@ -67,10 +81,19 @@ class Ask(Spec):
             raise ValueError(f"{what} asks tuned models, and `of` leaves them out; add `tuned`")
         if self.template is not None:
             raise ValueError(f"{what} goes by the form that was learned; leave `template` out")
+        if self.is_varied:
+            raise ValueError(
+                f"{what} has no variants; give `wording` and `demonstrations` an ask of their own"
+            )
         if self.following is not None and not self.all_shots:
             raise ValueError(
                 f"`following` does not go with {what} alone; give it an ask of its own"
             )
+
+    @property
+    def is_varied(self) -> bool:
+        """Whether its prompts are a variant."""
+        return (self.wording, self.demonstrations) != ("plain", "gold")
 
     @property
     def written(self) -> tuple[Written, ...]:
@@ -84,8 +107,12 @@ class Ask(Spec):
         return tuple(sorted({*given, *((0,) if "direct" in self.settings else ())}))
 
     def setting_at(self, shots: int) -> str:
-        """Return what the frame calls its setting at a number of given demonstrations."""
-        return "gold" if shots else "direct"
+        """Return what the frame calls its setting at a number of given demonstrations.
+
+        Variants have names of their own, such as `flipped` or `direct, ornate`.
+        """
+        shown = self.demonstrations if shots else "direct"
+        return shown if self.wording == "plain" else f"{shown}, {self.wording}"
 
     def how(
         self, settings: Sequence[Written], split: Split, seed: int, known: Mapping[str, str]
@@ -101,7 +128,9 @@ class Ask(Spec):
         if settings:
             return ["written", WRITING_VERSION, [*settings], self.written_tokens, self.limit, split]
         how = [self.all_shots, self.seeds, seed, self.limit, self.template, split]
-        return how + self.followed(known)
+        named = ["varied", VARIANTS_VERSION, self.wording, self.demonstrations]
+        variant = named if self.is_varied else []
+        return how + self.followed(known) + variant
 
     def followed(self, known: Mapping[str, str]) -> list[Any]:
         """Return what identifies the instructions that are put; nothing where none are.

@@ -216,7 +216,8 @@ def _arm_rows(rows: Frame, base: Frame, target: str, who: Mapping[str, Any]) -> 
         if len(before) == len(after):
             generator = np.random.default_rng(BOOTSTRAP_SEED)
             kept = stats.retention(after, before, chances, generator)
-        direct = (rows["task"] == target) & (rows["shots"] == 0) & (rows["split"] == split)
+        # Of the task's own wording: asks of variants come apart.
+        direct = (rows["task"] == target) & (rows["setting"] == "direct") & (rows["split"] == split)
         score = _mean(rows[direct])
         by_task = part.groupby("task")
         found.append(
