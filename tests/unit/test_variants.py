@@ -66,7 +66,7 @@ def test_corrupted_answers_are_no_answers(tasks: dict[str, Task]) -> None:
         assert all(
             len(changed.output.split()) == len(plain.output.split()) for plain, changed in shown
         )
-        assert len({changed.output for _, changed in shown}) > 5
+        assert len({changed.output for _, changed in shown}) > 3
 
 
 def test_where_questions_hold_only_numbers_answers_become_letters() -> None:
