@@ -129,7 +129,7 @@ def test_tokenised_samples_are_learned_from_the_demonstrations_on() -> None:
     assert len(data.encoded.samples) == 180
     assert data.held_out is not None
     form = form_of(recipe.samples, Template())
-    unknown, end = model.tokenizer.convert_tokens_to_ids(["<unk>", "</s>"])
+    unknown, end = model.tokenizer.unk_token_id, model.tokenizer.eos_token_id
     for question, sample in zip(questions, data.encoded.samples, strict=True):
         prompt = model.encode(form.prompt(question))
         assert list(sample.ids[: len(prompt)]) == prompt
@@ -138,6 +138,9 @@ def test_tokenised_samples_are_learned_from_the_demonstrations_on() -> None:
         assert sample.ids[-1] == end
         text = model.decode(sample.ids)
         assert text.endswith(f"\n\nQ: {question.input}\nA: {question.output}\n")
+    words = recipe_of(samples="samplegen")
+    with pytest.raises(ConfigError, match="cannot write 'Answer Solution:'"):
+        tokenise(words, model, questions, anchors=(), extra=Extra())
     other = dataclasses.replace(Extra(), origins=(("a", 90), ("b", 90)))
     parts = tokenise(recipe, model, questions, anchors=(), extra=other).mixture.tree[0].parts
     assert [part.samples for part in parts] == [90, 90]

@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from keepshot import stats
@@ -83,7 +82,7 @@ def item_frame(
         shots, ask = table["shots"].to_numpy(), spec.asks[cell.ask]
         own = pa.array(np.where(shots == 0, *(ask.setting_at(number) for number in (0, 1))))
         there = "setting" in table.column_names
-        columns["setting"] = pc.coalesce(table["setting"], own) if there else own
+        columns["setting"] = table["setting"] if there else own
         columns["num_choices"] = [len(choices) for choices in table["choices"].to_pylist()]
         parts.append(pa.table(columns))
     frame = pa.concat_tables(parts).to_pandas() if parts else pd.DataFrame(columns=_columns())

@@ -83,6 +83,7 @@ def tokenise(
     template, limit = extra.template, _limit(recipe, model)
     if anchor_names(recipe.keep) == OWN:
         anchors = write_tasks(model, recipe.seed)
+    _check_writable(recipe, model, template)
     learned = [
         (name, learned_rows(recipe, rows, rows, template, name))
         for name, rows in _by_origin(recipe, examples, extra)
@@ -165,6 +166,19 @@ def _encode(
         most_unanswered=recipe.most_unanswered,
         source=source,
     )
+
+
+def _check_writable(recipe: Recipe, model: LanguageModel, template: Template) -> None:
+    """See that the model's vocabulary holds what tells where an answer begins."""
+    if is_plain(recipe.samples):
+        return
+    cue = form_of(recipe.samples, template).cue
+    if cue.strip() not in model.decode(model.encode_plain(cue)):
+        raise ConfigError(
+            f"samples: {recipe.samples}: the vocabulary of {model.reference!r} cannot write "
+            f"{cue.strip()!r}, after which its answers would be looked for; "
+            "take samples: samplegen-template"
+        )
 
 
 def learned_rows(
