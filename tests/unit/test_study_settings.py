@@ -286,3 +286,12 @@ def test_tasks_without_a_cue_are_refused_before_anything_is_done(
     Path("study.yaml").write_text(yaml.safe_dump({**STUDY, "asks": {"w": ask}}), encoding="utf-8")
     assert status("study", "study.yaml") == 2
     assert "take samples: samplegen" in capsys.readouterr().err
+
+
+def test_the_guide_s_example_is_a_study() -> None:
+    """A base and two tuned models asked four variants, one of them its own demonstrations too."""
+    guide = (Path(__file__).parents[2] / "docs" / "guide" / "studies.md").read_text("utf-8")
+    [text] = [part for part in guide.split("```yaml\n") if part.startswith("name: who-writes")]
+    spec = StudySpec.from_mapping(yaml.safe_load(text.partition("```")[0]), source="guide")
+    kinds = [unit.kind for unit in expand(spec).units.values()]
+    assert [kinds.count(kind) for kind in ("make", "tune", "measure")] == [1, 2, 3 * 4 + 1]
