@@ -235,6 +235,7 @@ STUDY: dict[str, Any] = {
     "asks": {
         "few": {"tasks": ["addition", "word-group"], "shots": [2], "limit": 4,
                 "settings": ["direct", "gold", "samplegen", "pipeline"], "written_tokens": 16},
+        "free": {"tasks": ["word-group"], "settings": ["direct"], "limit": 4, "similarity": "base"},
     },
 }  # fmt: skip
 
@@ -253,17 +254,23 @@ def test_a_study_asks_all_settings(
     assert planned["tokens"] > 1000
     assert status("study", "study.yaml", "--json") == 0
     document = json.loads(capsys.readouterr().out)
-    # 2 tunings; 3 models asked with given demonstrations, 1 with its own.
-    assert (document["total"], document["done"], document["failed"]) == (6, 6, 0)
+    # 2 tunings; 3 models asked with given demonstrations and freely, 1 with its own.
+    assert (document["total"], document["done"], document["failed"]) == (9, 9, 0)
     frame = pd.read_parquet("runs/tiny/frame.parquet")
     counts = frame.groupby(["stage", "setting"]).size().to_dict()
     assert counts == {
         ("base", "direct"): 8, ("base", "gold"): 8, ("tuned", "direct"): 16, ("tuned", "gold"): 16,
+        ("base", "direct, similarity"): 4, ("tuned", "direct, similarity"): 8,
         ("tuned", "pipeline"): 8, ("tuned", "samplegen"): 8,
     }  # fmt: skip
     own = frame[frame["setting"].isin(["samplegen", "pipeline"])]
     assert set(own["recipe"]) == {"taught"}
     assert set(own.loc[own["task"] == "word-group", "chance"].round(4)) == {round(1 / 7, 4)}
+    free = frame[frame["setting"] == "direct, similarity"]
+    assert set(free["chance"].round(4)) == {round(1 / 7, 4)}
+    groups = frame.loc[(frame["task"] == "word-group") & (frame["setting"] == "gold"), "gold"]
+    assert ((free["answer"] == free["gold"]) == (free["correct"] == 1.0)).all()
+    assert set(free["gold"]) == set(groups)
     gold = frame[(frame["setting"] == "gold") & (frame["stage"] == "base")]
     assert set(own["item"]) == set(gold["item"]), "the same questions"
     found = pairs(pd.read_parquet("runs/tiny/scores.parquet"), shots=2)
@@ -272,7 +279,7 @@ def test_a_study_asks_all_settings(
     assert arm["num_items"] == 8
     names = [p.name for p in Path("runs/tiny/units").glob("*.parquet")]
     tables = [pd.read_parquet(Path("runs/tiny/units") / name) for name in names]
-    assert sorted("written" in table.columns for table in tables) == [False, False, False, True]
+    assert sorted("written" in table.columns for table in tables) == [*[False] * 6, True]
 
 
 def test_tasks_without_a_cue_are_refused_before_anything_is_done(

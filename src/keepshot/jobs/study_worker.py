@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from keepshot.assets import AssetStore
 from keepshot.blending.sweep import sweep
+from keepshot.errors import TaskError
 from keepshot.jobs.ledger import Ledger, model_record
 from keepshot.jobs.making import make
 from keepshot.jobs.measure import check_shots, plan_for, read_tasks, template_named
@@ -23,12 +24,13 @@ from keepshot.progress import Silent
 from keepshot.records import Cost, InstructionRow, ItemResult
 from keepshot.scoring.engine import Engine
 from keepshot.scoring.evaluate import Plan
+from keepshot.scoring.similarity import Embed, embedder, judge_by_likeness
 from keepshot.study.directory import StudyDirectory
 from keepshot.study.grid import Grid, Unit, names_in, tasks_of
 from keepshot.study.runner import Outcome, Watch
 from keepshot.study.spec import StudySpec
 from keepshot.tasks.source import Row
-from keepshot.tasks.task import Task
+from keepshot.tasks.task import Task, item_id
 from keepshot.tasks.variants import varied
 from keepshot.tuning.anchors import examples_of
 from keepshot.tuning.data import hold_out
@@ -49,6 +51,7 @@ class Worker:
         self._tasks: dict[str, Task] = {}
         self._base: tuple[str, LanguageModel] | None = None
         self._tuned: tuple[str, LanguageModel] | None = None
+        self._embed: tuple[str, Embed] | None = None
         self._ledger = Ledger(None, _Steps(watch))
         self.examiners = Examiners(spec, store)
         self._loading = 0.0
@@ -124,6 +127,8 @@ class Worker:
         if ask.template is not None:
             template = template_named(ask.template)
             tasks = [replace(task, template=template) for task in tasks]
+        if ask.similarity is not None:
+            tasks = [answered_freely(task) for task in tasks]
         measuring = Measuring(shots=ask.all_shots or (0,), seeds=ask.seeds, limit=ask.limit)
         return plan_for(
             measuring,
@@ -217,7 +222,7 @@ class Worker:
             found = ask(model)
         (items, instructions), (before, after) = found, costs
         return Outcome(
-            items=items,
+            items=self._judged(unit, plan, items),
             instructions=instructions,
             model=model_record(model),
             loading_seconds=self._loading,
@@ -252,6 +257,21 @@ class Worker:
             tokens=written + sum(cost.tokens_prefilled for cost in spent),
             task_versions={task.name: task.version for task in plan.tasks},
         )
+
+    def _judged(self, unit: Unit, plan: Plan, items: list[ItemResult]) -> list[ItemResult]:
+        """Return free answers as the choices they are most like, where an ask says so."""
+        reference = self.spec.asks[str(unit.ask)].similarity
+        if reference is None:
+            return items
+        if self._embed is None or self._embed[0] != reference:
+            self._embed = reference, embedder(self.load(reference))
+        choices = {
+            (task.name, item_id(example)): example.choices
+            for task in plan.tasks
+            for example in getattr(task, plan.split)
+            if example.choices
+        }
+        return judge_by_likeness(items, choices, self._embed[1])
 
     def samples(self, unit: Unit) -> Samples:
         """Return the form of the samples that a unit's model learned."""
@@ -313,6 +333,20 @@ class _Steps(Silent):
     def update(self, done: int, total: int, detail: str = "") -> None:
         """Pass on."""
         self._watch.update(done, total, detail)
+
+
+def answered_freely(task: Task) -> Task:
+    """Return a choice task whose answers are written, and not chosen by their likelihood.
+
+    Raises:
+        TaskError: if the task words its own prompts.
+    """
+    if task.examiner:
+        raise TaskError(
+            f"task {task.name!r} judges its own answers, so `similarity` cannot; leave it out of "
+            "the ask"
+        )
+    return replace(task, kind="exact")
 
 
 def _spent(engine: Engine, before: Cost) -> Cost:

@@ -21,6 +21,8 @@ SETTINGS: tuple[Setting, ...] = ("direct", "gold")
 WRITING_VERSION = 1
 """Raised when what is written, or how answers are found in it, would change."""
 WRITTEN_TOKENS = 256
+SIMILARITY_VERSION = 1
+"""Raised when free answers would be judged otherwise."""
 Stage = Literal["base", "tuned", "blend"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
@@ -52,6 +54,9 @@ class Ask(Spec):
     demonstrations: Demonstrations = Field(default="gold", exclude_if=lambda value: value == "gold")
     """What `gold` shows: right answers (`gold`), words that are none (`corrupted`), demonstrations
     of another task of the ask (`other-task`), labels exchanged (`flipped`) or drawn (`random`)."""
+    similarity: str | None = Field(default=None, exclude_if=is_none)
+    """Model reference: choice questions are answered freely, and the choice that the answer is most
+    like by this model's hidden states is taken; left out, the likeliest choice is."""
     written_tokens: int = Field(
         default=WRITTEN_TOKENS, ge=8, exclude_if=lambda value: value == WRITTEN_TOKENS
     )
@@ -81,9 +86,10 @@ class Ask(Spec):
             raise ValueError(f"{what} asks tuned models, and `of` leaves them out; add `tuned`")
         if self.template is not None:
             raise ValueError(f"{what} goes by the form that was learned; leave `template` out")
-        if self.is_varied:
+        if self.is_varied or self.similarity is not None:
             raise ValueError(
-                f"{what} has no variants; give `wording` and `demonstrations` an ask of their own"
+                f"{what} has no variants; give `wording`, `demonstrations` and `similarity` an ask "
+                "of their own"
             )
         if self.following is not None and not self.all_shots:
             raise ValueError(
@@ -112,7 +118,8 @@ class Ask(Spec):
         Variants have names of their own, such as `flipped` or `direct, ornate`.
         """
         shown = self.demonstrations if shots else "direct"
-        return shown if self.wording == "plain" else f"{shown}, {self.wording}"
+        worded = shown if self.wording == "plain" else f"{shown}, {self.wording}"
+        return worded if self.similarity is None else f"{worded}, similarity"
 
     def how(
         self, settings: Sequence[Written], split: Split, seed: int, known: Mapping[str, str]
@@ -130,6 +137,9 @@ class Ask(Spec):
         how = [self.all_shots, self.seeds, seed, self.limit, self.template, split]
         named = ["varied", VARIANTS_VERSION, self.wording, self.demonstrations]
         variant = named if self.is_varied else []
+        if self.similarity is not None:
+            variant += ["similarity", SIMILARITY_VERSION, self.similarity]
+            variant.append(known.get(self.similarity))
         return how + self.followed(known) + variant
 
     def followed(self, known: Mapping[str, str]) -> list[Any]:
