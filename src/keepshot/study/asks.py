@@ -135,11 +135,11 @@ class Ask(Spec):
         if settings:
             return ["written", WRITING_VERSION, [*settings], self.written_tokens, self.limit, split]
         how = [self.all_shots, self.seeds, seed, self.limit, self.template, split]
-        named = ["varied", VARIANTS_VERSION, self.wording, self.demonstrations]
-        variant = named if self.is_varied else []
+        named: list[Any] = ["varied", VARIANTS_VERSION, self.wording, self.demonstrations]
+        variant: list[Any] = named if self.is_varied else []
         if self.similarity is not None:
-            variant += ["similarity", SIMILARITY_VERSION, self.similarity]
-            variant.append(known.get(self.similarity))
+            judge = [self.similarity, known.get(self.similarity)]
+            variant += ["similarity", SIMILARITY_VERSION, *judge]
         return how + self.followed(known) + variant
 
     def followed(self, known: Mapping[str, str]) -> list[Any]:
