@@ -29,6 +29,8 @@ class ItemResult:
 
     `log_likelihoods` are natural-log sums over the answer's tokens, one per choice (empty for
     exact match). `answer` is what the model said: the likeliest choice, or its greedy text.
+    Where the model wrote its own demonstrations, `written` holds them, and `setting` says who
+    answered after them.
     """
 
     arm: str
@@ -48,6 +50,8 @@ class ItemResult:
     correct_per_character: float | None
     format_failure: float
     label_leakage: float
+    setting: str | None = None
+    written: str | None = None
 
 
 @dataclass(frozen=True)
@@ -344,13 +348,19 @@ ITEM_SCHEMA = pa.schema(
         ("correct_per_character", pa.float64()),
         ("format_failure", pa.float64()),
         ("label_leakage", pa.float64()),
+        ("setting", pa.string()),
+        ("written", pa.string()),
     ]
 )
+SOME_HAVE = ("setting", "written")
+"""Columns that are left out where no row has them."""
 
 
 def write_items(items: Sequence[ItemResult], path: Path) -> None:
     """Write per-item rows as parquet (atomically: temporary name, then renamed)."""
     table = pa.Table.from_pylist([asdict(item) for item in items], schema=ITEM_SCHEMA)
+    empty = [name for name in SOME_HAVE if table[name].null_count == len(table)]
+    table = table.drop_columns(empty) if empty else table
     with replacing(path) as temporary:
         pq.write_table(table, temporary)
 
@@ -363,7 +373,7 @@ def read_items(path: Path) -> list[ItemResult]:
     """
     names = {field.name for field in fields(ItemResult)}
     rows: list[dict[str, Any]] = read_item_table(path).to_pylist()
-    return [ItemResult(**{key: row[key] for key in names}) for row in rows]
+    return [ItemResult(**{key: row[key] for key in names & row.keys()}) for row in rows]
 
 
 INSTRUCTION_SCHEMA = pa.schema(

@@ -14,10 +14,10 @@ from keepshot.models.loading import LanguageModel
 from keepshot.prompts import Example
 from keepshot.records import ItemResult
 from keepshot.scoring.engine import Engine
-from keepshot.scoring.evaluate import Measurement, Plan, ask, is_closed, measure
+from keepshot.scoring.evaluate import Measurement, Plan, ask, measure
 from keepshot.scoring.request import GreedyMatchResult, LogLikelihood
 from keepshot.scoring.summary import summarise
-from keepshot.tasks.task import Task, item_id
+from keepshot.tasks.task import Task, is_closed, item_id
 
 WORDS = [a + b for a in "bdfgkl" for b in ("ana", "olo", "iti", "u")]
 

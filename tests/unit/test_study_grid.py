@@ -159,7 +159,7 @@ def test_a_soft_prompt_is_not_blended() -> None:
         ({"recipes": {"x": {"vary": {"steps": 5}}}}, "expected lists"),
         ({"modles": []}, "nearest is 'models'"),
         ({"asks": {"a": {"shots": [0]}}}, "counted from 1"),
-        ({"asks": {"a": {"settings": ["pipeline"]}}}, "settings"),
+        ({"asks": {"a": {"settings": ["pipline"]}}}, "settings"),
         ({"recipes": {}, "targets": [], "blends": None}, "no `targets`"),
     ],
 )

@@ -105,12 +105,11 @@ def grid_of(spec: StudySpec, store: AssetStore) -> Grid:
     """
     check_patterns(spec)
     contents = set_contents(spec)
-    for model in spec.models:
-        if not model.reference:
-            continue
-        found = _model_content(model.reference, store)
-        if found is not None:
-            contents[model.reference] = found
+    embedders = [ask.similarity for ask in spec.asks.values()]
+    for reference in {*(model.reference for model in spec.models), *embedders}:
+        found = _model_content(reference, store) if reference else None
+        if reference and found is not None:
+            contents[reference] = found
     for name in {name for names in names_in(spec) for name in names}:
         if name in CATALOG:
             contents[name] = f"version {CATALOG[name].version}"

@@ -19,6 +19,7 @@ from keepshot.assets import AssetStore
 from keepshot.errors import UserError
 from keepshot.jobs.study import grid_of, opened
 from keepshot.jobs.study_worker import Worker, tokens_read
+from keepshot.jobs.study_writing import num_tokens
 from keepshot.models.loading import DTYPES, LanguageModel, outline
 from keepshot.models.made import FromScratch
 from keepshot.progress import Silent
@@ -241,10 +242,11 @@ class _Estimator:
             return 0 if made is None else made.steps * self._tokens_a_step(made, light)
         if unit.kind == "measure":
             tasks = tuple(tasks_of(self.worker.spec, unit))
-            key: object = (self._reads(unit), tasks, unit.ask, unit.split)
+            form = self.worker.samples(unit) if unit.settings else None
+            key: object = (self._reads(unit), tasks, unit.ask, unit.split, form)
             if key not in self._tokens:
-                asked = _shared_tokens(light, self.worker.plan(unit))
-                followed = self.worker.examiners.num_tokens(unit, light)
+                asked = _asked_tokens(self.worker, unit, light)
+                followed = 0 if form else self.worker.examiners.num_tokens(unit, light)
                 self._tokens[key] = asked + followed
             return self._tokens[key]
         # Rate, seed and most methods change nothing of what is read, but what `auto` searches.
@@ -287,6 +289,7 @@ class _Estimator:
         What trains as a whole has gradients, two moments, and copies while it is stepped.
         """
         copies = {"base": 1, "tuned": 1, "blend": 3}[unit.subject.stage]
+        copies += unit.holds_two and copies == 1
         if unit.kind == "tune":
             method = self.worker.spec.recipes[str(unit.subject.recipe)].method
             copies = 1 if method.name in ADAPTING else 6
@@ -357,7 +360,14 @@ def _kind(unit: Unit) -> str:
     if unit.kind == "tune":
         return f"tune {subject.recipe} on {subject.target}"
     about = f" on {subject.target}" if subject.target else ""
-    return f"ask {subject.stage}{about}: {unit.ask} ({unit.split})"
+    return f"ask {subject.stage}{about}: {unit.asked}"
+
+
+def _asked_tokens(worker: Worker, unit: Unit, model: LanguageModel) -> int:
+    plan = worker.plan(unit)
+    if unit.settings:
+        return num_tokens(model, plan, worker.samples(unit), unit.settings)
+    return _shared_tokens(model, plan)
 
 
 def _shared_tokens(model: LanguageModel, plan: Plan) -> int:

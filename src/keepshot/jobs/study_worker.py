@@ -9,28 +9,35 @@ from dataclasses import replace
 
 from keepshot.assets import AssetStore
 from keepshot.blending.sweep import sweep
+from keepshot.errors import TaskError
 from keepshot.jobs.ledger import Ledger, model_record
 from keepshot.jobs.making import make
 from keepshot.jobs.measure import check_shots, plan_for, read_tasks, template_named
 from keepshot.jobs.separation import check_apart
 from keepshot.jobs.specs import Measuring
 from keepshot.jobs.study_following import Examiners
+from keepshot.jobs.study_writing import answer, form_for, write
 from keepshot.jobs.target import load_target
 from keepshot.jobs.tune import VALIDATION_SHARE, anchor_tasks, general_rows
 from keepshot.models.loading import LanguageModel, load
 from keepshot.progress import Silent
 from keepshot.records import Cost, InstructionRow, ItemResult
+from keepshot.scoring.engine import Engine
 from keepshot.scoring.evaluate import Plan
+from keepshot.scoring.similarity import Embed, embedder, judge_by_likeness
 from keepshot.study.directory import StudyDirectory
 from keepshot.study.grid import Grid, Unit, names_in, tasks_of
 from keepshot.study.runner import Outcome, Watch
 from keepshot.study.spec import StudySpec
 from keepshot.tasks.source import Row
-from keepshot.tasks.task import Task
+from keepshot.tasks.task import Task, item_id
+from keepshot.tasks.variants import varied
 from keepshot.tuning.anchors import examples_of
 from keepshot.tuning.data import hold_out
 from keepshot.tuning.mixture import Branch
 from keepshot.tuning.recipe import Recipe
+from keepshot.tuning.samplegen import Samples
+from keepshot.tuning.tokenised import learned_rows
 from keepshot.tuning.train import Extra, train
 
 
@@ -44,6 +51,7 @@ class Worker:
         self._tasks: dict[str, Task] = {}
         self._base: tuple[str, LanguageModel] | None = None
         self._tuned: tuple[str, LanguageModel] | None = None
+        self._embed: tuple[str, Embed] | None = None
         self._ledger = Ledger(None, _Steps(watch))
         self.examiners = Examiners(spec, store)
         self._loading = 0.0
@@ -68,6 +76,7 @@ class Worker:
             if ask.template is not None:
                 template_named(ask.template)
             check_shots([self._task(name)], ask.all_shots)
+        self._check_settings(grid)
         measured = [self._task(name) for name in asked if name not in self.spec.targets]
         trained: dict[str, Sequence[Row]] = {}
         for name, recipe in self.spec.recipes.items():
@@ -76,13 +85,34 @@ class Worker:
             trained[f"recipe {name!r}: general data"] = general_rows(recipe, self.store)
         check_apart(measured, trained)
 
+    def _check_settings(self, grid: Grid) -> None:
+        """See that tasks can be asked in the variants and forms that are wanted, and taught so."""
+        seen: set[tuple[str | None, ...]] = set()
+        for unit in grid.units.values():
+            subject = unit.subject
+            form = self.samples(unit) if unit.settings else None
+            key = unit.kind, unit.ask, subject.target, form, unit.ask or subject.recipe
+            if key in seen:
+                continue
+            seen.add(key)
+            if unit.kind == "measure":
+                ask, plan = self.spec.asks[str(unit.ask)], self.plan(unit)
+                check_shots(plan.tasks if ask.is_varied else (), ask.all_shots)
+                if form is not None:
+                    for task in plan.tasks:
+                        form_for(task, form)
+            elif unit.kind == "tune":
+                recipe = self.spec.recipes[str(subject.recipe)]
+                task = self._task(str(subject.target))
+                learned_rows(recipe, task.train, task.train, task.template, task.name)
+
     def _task(self, name: str) -> Task:
         if name not in self._tasks:
             if name in self.spec.targets:
                 self._tasks[name] = load_target(name, self.store)
             else:
                 asks = self.spec.asks.values()
-                shots = max(max(ask.all_shots) for ask in asks)
+                shots = max(max(ask.all_shots, default=0) for ask in asks)
                 validation = any("validation" in ask.splits for ask in asks)
                 measuring = Measuring(tasks=(name,), shots=(shots,))
                 (self._tasks[name],) = read_tasks(measuring, self.store, validation=validation)
@@ -93,10 +123,13 @@ class Worker:
         ask = self.spec.asks[str(unit.ask)]
         target = unit.subject.target
         tasks = [self._task(name) for name in tasks_of(self.spec, unit)]
+        tasks = [varied(task, ask.wording, ask.demonstrations, tasks) for task in tasks]
         if ask.template is not None:
             template = template_named(ask.template)
             tasks = [replace(task, template=template) for task in tasks]
-        measuring = Measuring(shots=ask.all_shots, seeds=ask.seeds, limit=ask.limit)
+        if ask.similarity is not None:
+            tasks = [answered_freely(task) for task in tasks]
+        measuring = Measuring(shots=ask.all_shots or (0,), seeds=ask.seeds, limit=ask.limit)
         return plan_for(
             measuring,
             tasks,
@@ -162,6 +195,8 @@ class Worker:
         )
 
     def _measure(self, unit: Unit) -> Outcome:
+        if unit.settings:
+            return self._measure_written(unit)
         plan, subject = self.plan(unit), unit.subject
         # A point of the path is asked in the words of the model at its end.
         tuned = self._tuned_model(unit) if subject.lam is not None else None
@@ -187,7 +222,7 @@ class Worker:
             found = ask(model)
         (items, instructions), (before, after) = found, costs
         return Outcome(
-            items=items,
+            items=self._judged(unit, plan, items),
             instructions=instructions,
             model=model_record(model),
             loading_seconds=self._loading,
@@ -195,6 +230,52 @@ class Worker:
             tokens=after.tokens_prefilled - before.tokens_prefilled,
             task_versions={task.name: task.version for task in plan.tasks},
         )
+
+    def _measure_written(self, unit: Unit) -> Outcome:
+        """Let the tuned model write demonstrations, and it or its base answer after them."""
+        plan, longest = self.plan(unit), self.spec.asks[str(unit.ask)].written_tokens
+        tuned = self._tuned_model(unit)
+        base = self._base_model(unit) if unit.holds_two else tuned
+        engine, progress = self._ledger.engine(tuned), self._ledger.progress.update
+        before = engine.cost
+        drafts = write(engine, plan, self.samples(unit), longest, progress)
+        rows: list[ItemResult] = []
+        spent: list[Cost] = []
+        for setting in unit.settings:
+            if setting == "pipeline":
+                spent.append(_spent(engine, before))
+                engine = self._ledger.engine(base)
+                before = engine.cost
+            rows += answer(engine, plan, drafts, setting, arm=unit.subject.label, progress=progress)
+        spent.append(_spent(engine, before))
+        written = sum(len(tuned.encode_plain(draft.written)) for draft in drafts)
+        return Outcome(
+            items=rows,
+            model=model_record(tuned),
+            loading_seconds=self._loading,
+            work_seconds=sum(cost.seconds for cost in spent),
+            tokens=written + sum(cost.tokens_prefilled for cost in spent),
+            task_versions={task.name: task.version for task in plan.tasks},
+        )
+
+    def _judged(self, unit: Unit, plan: Plan, items: list[ItemResult]) -> list[ItemResult]:
+        """Return free answers as the choices they are most like, where an ask says so."""
+        reference = self.spec.asks[str(unit.ask)].similarity
+        if reference is None:
+            return items
+        if self._embed is None or self._embed[0] != reference:
+            self._embed = reference, embedder(self.load(reference))
+        choices = {
+            (task.name, item_id(example)): example.choices
+            for task in plan.tasks
+            for example in getattr(task, plan.split)
+            if example.choices
+        }
+        return judge_by_likeness(items, choices, self._embed[1])
+
+    def samples(self, unit: Unit) -> Samples:
+        """Return the form of the samples that a unit's model learned."""
+        return self.spec.recipes[str(unit.subject.recipe)].samples
 
     # -- models ----------------------------------------------------------------------------
 
@@ -208,7 +289,7 @@ class Worker:
         label = unit.subject.model
         if self._base is None or self._base[0] != label:
             self._base = None
-            if unit.subject.lam is None:
+            if not unit.holds_two:
                 self._tuned = None  # room for one model is enough
             model = self.load(self.reference(unit))
             self._base = label, replace(model, reference=label)
@@ -218,7 +299,7 @@ class Worker:
         assert unit.needs is not None
         if self._tuned is None or self._tuned[0] != unit.needs:
             self._tuned = None
-            if unit.subject.lam is None:
+            if not unit.holds_two:
                 self._base = None
             model = self.load(str(self.directory.model(unit.needs)))
             self._tuned = (
@@ -252,6 +333,28 @@ class _Steps(Silent):
     def update(self, done: int, total: int, detail: str = "") -> None:
         """Pass on."""
         self._watch.update(done, total, detail)
+
+
+def answered_freely(task: Task) -> Task:
+    """Return a choice task whose answers are written, and not chosen by their likelihood.
+
+    Raises:
+        TaskError: if the task words its own prompts.
+    """
+    if task.examiner:
+        raise TaskError(
+            f"task {task.name!r} judges its own answers, so `similarity` cannot; leave it out of "
+            "the ask"
+        )
+    return replace(task, kind="exact")
+
+
+def _spent(engine: Engine, before: Cost) -> Cost:
+    now = engine.cost
+    return Cost(
+        seconds=now.seconds - before.seconds,
+        tokens_prefilled=now.tokens_prefilled - before.tokens_prefilled,
+    )
 
 
 def tokens_read(sources: Sequence[Branch], steps: int) -> int:

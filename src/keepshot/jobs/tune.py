@@ -31,7 +31,7 @@ from keepshot.tuning.mixture import lines
 from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.record import TuneRecord
 from keepshot.tuning.sharding import sharded
-from keepshot.tuning.tokenised import Extra
+from keepshot.tuning.tokenised import Extra, learned_rows
 from keepshot.tuning.train import train
 
 VALIDATION_SHARE = 0.1
@@ -62,6 +62,7 @@ def tune(
     sharded(recipe, on_cpu=False, processes=processes.size)
     progress.stage("reading data")
     rows, validation, template, origins = _rows(recipe, store)
+    learned_rows(recipe, rows, rows, template, recipe.data)  # shows its faults now
     anchors = anchor_tasks(recipe, store)
     if workspace is not None:
         workspace.begin()

@@ -25,14 +25,12 @@ from keepshot.scoring.request import (
     Request,
     Result,
 )
-from keepshot.tasks.task import Answer, Examiner, Task, item_id
+from keepshot.tasks.task import Answer, Examiner, Task, is_closed, item_id
 
 _Asked = tuple[Task, int, int, Example]
 """Task, number of shots, draw of demonstrations, and question."""
 SPECIAL_TOKENS = 16
 """Tokens that a tokenizer may add to a text, at most."""
-MOST_CLOSED_LABELS = 32
-"""A task with more answers than this is open, however often each of them occurs."""
 
 
 @dataclass(frozen=True)
@@ -330,11 +328,3 @@ def _keeps_format(task: Task, example: Example, free: GreedyMatchResult | Genera
     if is_closed(task):
         return said in task.labels
     return 0 < len(said) <= 2 * max(len(label) for label in task.labels)
-
-
-def is_closed(task: Task) -> bool:
-    """Say whether the task's answers form a set: few, and each seen twice on average."""
-    num_examples = sum(
-        len(split) for split in (task.demonstrations, task.validation, task.test, task.train)
-    )
-    return len(task.labels) <= min(MOST_CLOSED_LABELS, num_examples // 2)

@@ -20,6 +20,7 @@ from keepshot.errors import StudyError
 from keepshot.outputs import replacing
 from keepshot.records import read_item_table
 from keepshot.stats import Matrix
+from keepshot.study.asks import WRITTEN
 from keepshot.study.directory import UnitRecord
 from keepshot.study.document import StudyArm
 from keepshot.study.grid import Grid
@@ -78,10 +79,13 @@ def item_frame(
         }
         columns = {name: _repeated(v, table.num_rows, t) for name, (v, t) in constants.items()}
         columns |= {name: table[name] for name in KEPT_COLUMNS}
+        shots, ask = table["shots"].to_numpy(), spec.asks[cell.ask]
+        own = pa.array(np.where(shots == 0, *(ask.setting_at(number) for number in (0, 1))))
+        there = "setting" in table.column_names
+        columns["setting"] = table["setting"] if there else own
         columns["num_choices"] = [len(choices) for choices in table["choices"].to_pylist()]
         parts.append(pa.table(columns))
     frame = pa.concat_tables(parts).to_pandas() if parts else pd.DataFrame(columns=_columns())
-    frame["setting"] = np.where(frame["shots"] == 0, "direct", "gold")
     num_choices = frame.pop("num_choices").to_numpy(float)
     frame["chance"] = np.where(num_choices > 0.0, 1.0 / np.maximum(num_choices, 1.0), 0.0)
     clash = sorted(tags & set(frame.columns) | tags & {"is_target"})
@@ -130,6 +134,7 @@ def pairs(scores: Frame, *, shots: int, split: str = "test", by_task: bool = Tru
         `log_size`.
     """
     there = scores[(scores["split"] == split) & (scores["stage"] != "blend")]
+    there = there[there["setting"].isin(["direct", "gold"])]
     base = there[there["stage"] == "base"]
     by = ["model", "task"]
     gold = base[base["shots"] == shots].groupby(by)["value"].mean().rename("base")
@@ -162,6 +167,7 @@ def arms(
     Tuning seeds and draws of demonstrations are resampled together, as one level.
     """
     found: list[StudyArm] = []
+    items = items[~items["setting"].isin(WRITTEN)]
     seconds: dict[tuple[str, str | None, str | None], list[float]] = {}
     for subject, identity in grid.tuned.items():
         record = records.get(identity)
@@ -209,7 +215,8 @@ def _arm_rows(rows: Frame, base: Frame, target: str, who: Mapping[str, Any]) -> 
         if len(before) == len(after):
             generator = np.random.default_rng(BOOTSTRAP_SEED)
             kept = stats.retention(after, before, chances, generator)
-        direct = (rows["task"] == target) & (rows["shots"] == 0) & (rows["split"] == split)
+        # Of the task's own wording: asks of variants come apart.
+        direct = (rows["task"] == target) & (rows["setting"] == "direct") & (rows["split"] == split)
         score = _mean(rows[direct])
         by_task = part.groupby("task")
         found.append(
@@ -254,6 +261,6 @@ def _repeated(value: Any, count: int, kind: pa.DataType) -> pa.Array:
 
 
 def _columns() -> list[str]:
-    made = ("is_target", "setting")
+    made = ("is_target",)
     named = ["unit", "num_choices", *SCORE_KEYS, *KEPT_COLUMNS]
     return [name for name in dict.fromkeys(named) if name not in made]

@@ -19,12 +19,13 @@ from typing import Any, Literal
 
 from keepshot.errors import ConfigError
 from keepshot.records import Split
-from keepshot.study.asks import Ask
+from keepshot.study.asks import Ask, Written
 from keepshot.study.spec import TARGET, StudiedModel, StudySpec, Subject, is_named
 from keepshot.tasks.catalog import SUITES
 from keepshot.tuning.keep import Mix, anchor_names, find_term
 from keepshot.tuning.method_specs import prompt_tokens
 from keepshot.tuning.recipe import Recipe
+from keepshot.tuning.samplegen import is_plain
 
 UNIT_VERSION = 1
 """Raised when the same unit would give another result than before."""
@@ -45,13 +46,26 @@ class Unit:
     """The unit that makes the model that is asked or tuned, where one does."""
     ask: str | None = None
     split: Split = "test"
+    settings: tuple[Written, ...] = ()
+    """Of the ask's settings, those whose demonstrations a model writes; none for the others."""
 
     @property
     def label(self) -> str:
         """Words for tables."""
         if self.kind != "measure":
             return f"{self.kind} {self.subject.label}"
-        return f"ask {self.subject.label}: {self.ask} ({self.split})"
+        return f"ask {self.subject.label}: {self.asked}"
+
+    @property
+    def asked(self) -> str:
+        """Words for what is asked."""
+        settings = f", {' and '.join(self.settings)}" if self.settings else ""
+        return f"{self.ask}{settings} ({self.split})"
+
+    @property
+    def holds_two(self) -> bool:
+        """Whether the model before tuning and the tuned one are in memory together."""
+        return self.subject.lam is not None or "pipeline" in self.settings
 
     @property
     def requires(self) -> tuple[str, ...]:
@@ -132,13 +146,13 @@ def expand(spec: StudySpec, contents: Mapping[str, str] | None = None) -> Grid:
         for name, split in _asked(spec, subject):
             ask = spec.asks[name]
             names = tasks[name].get(subject.target, tasks[name][None])
-            how = [ask.all_shots, ask.seeds, spec.seed, ask.limit, ask.template, split]
-            how += ask.followed(known)
             given = [[one, known.get(one)] for one in names]
-            identity = _identity("ask", [*start, needs, subject.lam, how, given])
-            asking = Unit(identity, "measure", subject, needs, made, name, split)
-            units.setdefault(identity, asking)
-            cells.append(Cell(subject, name, split, identity))
+            for settings in _measured_apart(spec, ask, subject):
+                how = ask.how(settings, split, spec.seed, known)
+                identity = _identity("ask", [*start, needs, subject.lam, how, given])
+                asking = Unit(identity, "measure", subject, needs, made, name, split, settings)
+                units.setdefault(identity, asking)
+                cells.append(Cell(subject, name, split, identity))
     if not cells:
         raise ConfigError(
             f"study {spec.name!r} is empty: {len(spec.models)} models and {len(spec.asks)} asks, "
@@ -206,6 +220,15 @@ def _asked(spec: StudySpec, subject: Subject) -> Iterator[tuple[str, Split]]:
         for split in ask.splits:
             if not any(rule.matches(subject, name, split) for rule in spec.exclude):
                 yield name, split
+
+
+def _measured_apart(spec: StudySpec, ask: Ask, subject: Subject) -> Iterator[tuple[Written, ...]]:
+    """Yield the settings of each unit of an ask; none for the one without written ones."""
+    if ask.all_shots:
+        yield ()
+    recipe = spec.recipes[subject.recipe] if subject.recipe is not None else None
+    if ask.written and subject.stage == "tuned" and recipe and not is_plain(recipe.samples):
+        yield ask.written
 
 
 def _resolved(ask: Ask, spec: StudySpec) -> dict[str | None, tuple[str, ...]]:

@@ -17,6 +17,7 @@ from keepshot.records import Split
 from keepshot.specs import Spec, apply_overrides, is_none
 from keepshot.study.asks import Ask, Stage
 from keepshot.tuning.recipe import Recipe
+from keepshot.tuning.samplegen import is_plain
 
 TARGET = "target"
 """Stands among an ask's tasks for what the model was tuned for; of a base, for all targets."""
@@ -198,6 +199,13 @@ class StudySpec(Spec):
                 raise ValueError(f"{what} {repeated!r} is named twice; name each once")
         if self.recipes and not self.targets:
             raise ValueError("there are recipes and no `targets` to tune for; name some")
+        writing = any(not is_plain(recipe.samples) for recipe in self.recipes.values())
+        for name, ask in self.asks.items():
+            if ask.written and not writing:
+                raise ValueError(
+                    f"ask {name!r} has setting {ask.written[0]!r}, which models tuned to write "
+                    "demonstrations are asked; give a recipe `samples: samplegen`"
+                )
         if any(not lam > 0.0 or lam == 1.0 for lam in (self.blends.lambdas if self.blends else ())):
             raise ValueError("`blends.lambdas` are above 0 and not 1: those are measured anyway")
         return self

@@ -20,6 +20,8 @@ from keepshot.prompts import Example, Template
 if TYPE_CHECKING:
     from numpy.random import Generator
 
+MOST_CLOSED_LABELS = 32
+"""A task with more answers than this is open, however often each of them occurs."""
 Kind = Literal["choice", "exact"]
 Metric = Literal["accuracy", "exact_match"]
 
@@ -130,6 +132,14 @@ class Task:
             shape.append(self.examiner.identity())
         content = [self.name, self.kind, self.version, shape, rows]
         return _digest(json.dumps(content, ensure_ascii=False))[:16]
+
+
+def is_closed(task: Task) -> bool:
+    """Say whether the task's answers form a set: few, and each seen twice on average."""
+    num_examples = sum(
+        len(split) for split in (task.demonstrations, task.validation, task.test, task.train)
+    )
+    return len(task.labels) <= min(MOST_CLOSED_LABELS, num_examples // 2)
 
 
 def item_id(example: Example) -> str:

@@ -20,6 +20,7 @@ from keepshot.tuning.method_specs import (
     default_learning_rate,
     parse_method,
 )
+from keepshot.tuning.samplegen import Samples, is_plain
 
 GUARD_TASKS = ("title-case", "link-words")
 """Word tasks that a small model does from examples; the anchors of `auto` leave them out, and no
@@ -60,6 +61,9 @@ class Recipe(Spec):
     data_shares: tuple[PositiveFloat, ...] | None = None
     """What share of the batch's target samples each of several data sets has, adding up to 1; left
     out, the rows of all count alike."""
+    samples: Samples = Field(default="plain", exclude_if=is_plain)
+    """What is learned of a row: its answer, or first two other rows as demonstrations and then its
+    answer (`samplegen`, in words; `samplegen-template`, in the data's own template)."""
     method: Method = LoRA()
     """Which parameters train."""
     keep: tuple[Term, ...] = ()

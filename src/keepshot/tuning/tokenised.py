@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from keepshot.errors import ConfigError
 from keepshot.models.loading import LanguageModel
 from keepshot.prompts import Template
@@ -32,6 +34,7 @@ from keepshot.tuning.mixture import (
 )
 from keepshot.tuning.own_anchors import write_tasks
 from keepshot.tuning.recipe import Recipe
+from keepshot.tuning.samplegen import form_of, is_plain, samplegen_rows
 from keepshot.tuning.stages import under_prompt
 
 
@@ -80,17 +83,22 @@ def tokenise(
     template, limit = extra.template, _limit(recipe, model)
     if anchor_names(recipe.keep) == OWN:
         anchors = write_tasks(model, recipe.seed)
-    parts = [
-        (name, _encode(recipe, model, rows, template, name))
+    _check_writable(recipe, model, template)
+    learned = [
+        (name, learned_rows(recipe, rows, rows, template, name))
         for name, rows in _by_origin(recipe, examples, extra)
     ]
+    parts = [(name, _encode(recipe, model, rows, template, name)) for name, rows in learned]
     encoded = Encoded(
         tuple(sample for _, part in parts for sample in part.samples),
         sum(part.num_dropped for _, part in parts),
         sum(part.num_cut for _, part in parts),
         sum(part.num_unanswered for _, part in parts),
     )
-    held_out = _encode(recipe, model, validation, template, recipe.data) if validation else None
+    held_out = None
+    if validation:
+        rows = learned_rows(recipe, validation, examples, template, recipe.data)
+        held_out = _encode(recipe, model, rows, template, recipe.data)
     added = find_term(recipe.keep, Mix)
     few_shot: list[tuple[str, list[Sample]]] = []
     general: Sequence[Sample] = ()
@@ -157,6 +165,35 @@ def _encode(
         long_rows=recipe.long_rows,
         most_unanswered=recipe.most_unanswered,
         source=source,
+    )
+
+
+def _check_writable(recipe: Recipe, model: LanguageModel, template: Template) -> None:
+    """See that the model's vocabulary holds what tells where an answer begins."""
+    if is_plain(recipe.samples):
+        return
+    cue = form_of(recipe.samples, template).cue
+    if cue.strip() not in model.decode(model.encode_plain(cue)):
+        raise ConfigError(
+            f"samples: {recipe.samples}: the vocabulary of {model.reference!r} cannot write "
+            f"{cue.strip()!r}, after which its answers would be looked for; "
+            "take samples: samplegen-template"
+        )
+
+
+def learned_rows(
+    recipe: Recipe, rows: Sequence[Row], pool: Sequence[Row], template: Template, source: str
+) -> Sequence[Row]:
+    """Return rows as they are, or with demonstrations from `pool` before their answers.
+
+    Raises:
+        ConfigError: as `samplegen_rows` and `form_of` do; no model is needed to see it.
+    """
+    if is_plain(recipe.samples):
+        return rows
+    generator = np.random.default_rng([recipe.seed, 21])
+    return samplegen_rows(
+        rows, form_of(recipe.samples, template), generator, source=source, pool=pool
     )
 
 
