@@ -8,6 +8,8 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from keepshot import __version__
 from keepshot.records import InstructionScore
+from keepshot.specs import is_none
+from keepshot.study.evidence import Findings
 
 RECORD = "study.json"
 """Where a study's directory holds its document."""
@@ -62,6 +64,8 @@ class StudyDocument(BaseModel):
     arms: list[StudyArm]
     instructions: list[InstructionScore] = Field(default_factory=list[InstructionScore])
     """One for each model asked, lambda and split."""
+    findings: Findings | None = Field(default=None, exclude_if=is_none)
+    """Correlations and what explains them; none where no tuned model was asked."""
     failures: list[dict[str, str]]
     notes: list[str] = Field(default_factory=list)
 
