@@ -25,9 +25,11 @@ from keepshot.models.reference import Embedded, GGUFFile, HubModel, converted_pa
 from keepshot.outputs import write_text
 from keepshot.progress import Silent
 from keepshot.records import write_instructions
+from keepshot.study.arms import arms
 from keepshot.study.directory import StudyDirectory
 from keepshot.study.document import RECORD, StudyDocument
-from keepshot.study.frame import Frame, arms, item_frame, score_frame, write_frames
+from keepshot.study.findings import findings
+from keepshot.study.frame import Frame, item_frame, score_frame, write_frames
 from keepshot.study.grid import Grid, check_size, expand, names_in
 from keepshot.study.runner import Tally, Watch, failures, tally, work
 from keepshot.study.spec import StudySpec, check_patterns
@@ -181,6 +183,7 @@ def document_of(
         done=len(records) - len(failed),
         failed=len(failed),
         arms=arms(spec, grid, items, records),
+        findings=findings(items, {name: entry.domain for name, entry in CATALOG.items()}),
         failures=[
             {"unit": r.unit, "label": r.label, "reason": r.reason or "", "trace": r.trace or ""}
             for r in failed

@@ -84,6 +84,7 @@ class _Analysis:
         self.cohort, self.domains = found, domains
         self.several = len({condition.ask for condition in found.asked}) > 1
         self.notes: dict[str, None] = {}
+        self.refused: dict[str, list[str]] = {}
 
     def run(self) -> Findings:
         pairs = pairs_of(list(self.cohort.asked))
@@ -112,7 +113,7 @@ class _Analysis:
             settings=[self.name(condition) for condition in settings],
             correlations=with_adjusted(rows, lambda row: row["kind"], CorrelationFinding),
             comparisons=comparisons,
-            notes=list(self.notes),
+            notes=[*self.notes, *self._refusals()],
         )
 
     def _comparison(self, pair: Pair, models: str, part: Pairing) -> Comparison:
@@ -134,7 +135,12 @@ class _Analysis:
         return self.name(pair.first), self.name(pair.second)
 
     def note(self, what: str, reason: object) -> None:
-        self.notes[f"{what}: {reason}."] = None
+        self.refused.setdefault(str(reason), []).append(what)
+
+    def _refusals(self) -> Iterator[str]:
+        """Yield each reason once, behind all that it was the reason for."""
+        for reason, named in self.refused.items():
+            yield f"{'; '.join(dict.fromkeys(named))}: {reason}."
 
     def _correlations(self, pair: Pair, pairing: Pairing) -> Iterator[dict[str, Any]]:
         first, second = self.names(pair)
