@@ -25,6 +25,7 @@ from keepshot.models.reference import Embedded, GGUFFile, HubModel, converted_pa
 from keepshot.outputs import write_text
 from keepshot.progress import Silent
 from keepshot.records import write_instructions
+from keepshot.report.study import write_study_report
 from keepshot.study.arms import arms
 from keepshot.study.directory import StudyDirectory
 from keepshot.study.document import RECORD, StudyDocument
@@ -155,7 +156,7 @@ def status_of(spec: StudySpec, store: AssetStore, out_dir: Path) -> tuple[Tally,
 
 
 def finish(spec: StudySpec, grid: Grid, directory: StudyDirectory) -> StudyDocument:
-    """Write `frame.parquet`, `scores.parquet`, `report.md` and, last, `study.json`."""
+    """Write `frame.parquet`, `scores.parquet`, `report.md`, `study.json` and `report.html`."""
     document, frames = document_of(spec, grid, directory)
     write_frames(*frames, directory.path)
     followed = rows_of(spec, grid, directory)
@@ -163,6 +164,7 @@ def finish(spec: StudySpec, grid: Grid, directory: StudyDirectory) -> StudyDocum
         write_instructions(followed, directory.path / "instructions.parquet")
     write_text(markdown(document), directory.path / "report.md")
     write_text(document.to_json(), directory.path / RECORD)
+    write_study_report(directory.path)
     return document
 
 

@@ -144,7 +144,7 @@ def matrix_chart(findings: Findings, width: Width = "wide") -> alt.LayerChart | 
         x=alt.X("column:N", title=None, scale=domain, axis=_settings_axis(-35)),
         y=alt.Y("row:N", title=None, scale=domain, axis=_settings_axis(0)),
     )
-    shade = alt.Scale(domain=[-1, 0, 1], range=[ORANGE, "#f7f7f5", BLUE])
+    shade = alt.Scale(domain=[-1, 0, 1], range=[ORANGE, "#f7f7f5", BLUE], interpolate="rgb")
     ink = alt.condition("datum.dark", alt.value("white"), alt.value(INK))
     layers = alt.layer(
         base.mark_rect(stroke="white", strokeWidth=2).encode(
@@ -214,16 +214,17 @@ def small_multiples(comparison: Comparison, width: Width = "wide") -> alt.Concat
     charts: list[Any] = []
     for place, task in enumerate(comparison.tasks):
         rows = [
-            {
-                "x": point.base_by_task[place], "y": point.tuned_by_task[place],
-                "color": looks[point.family][0],
-                "fill": looks[point.family][0] if point.degraded is None else "white",
-            }
+            (
+                point.base_by_task[place], point.tuned_by_task[place], looks[point.family][0],
+                looks[point.family][0] if point.degraded is None else "white",
+            )
             for point in comparison.points
         ]  # fmt: skip
         ends = alt.Chart(data([{"x": 0, "y": 0}, {"x": 1, "y": 1}]))
         x, y = (alt.X("x:Q", scale=scale, axis=axis), alt.Y("y:Q", scale=scale, axis=axis))
-        marks = alt.Chart(data(rows)).mark_circle(size=20, opacity=0.8, strokeWidth=1, aria=False)
+        marks = alt.Chart(_as_text(rows)).mark_circle(
+            size=20, opacity=0.8, strokeWidth=1, aria=False
+        )
         found = tested.get(task)
         under = "" if found is None else f"{score(found.value)} {score_interval(found.ci95)}"
         title = alt.TitleParams(
@@ -240,3 +241,10 @@ def small_multiples(comparison: Comparison, width: Width = "wide") -> alt.Concat
         )  # fmt: skip
         charts.append(layers.properties(width=size[0], height=size[1]))
     return styled(alt.concat(*charts, columns=PANELS_A_ROW[width], spacing=16), width)
+
+
+def _as_text(rows: Sequence[tuple[float, float, str, str]]) -> alt.InlineData:
+    """Return marks as one text: altair copies rows many times over, and a text not once."""
+    lines = ["x,y,color,fill", *(f"{x:g},{y:g},{color},{fill}" for x, y, color, fill in rows)]
+    form = alt.CsvDataFormat(type="csv", parse={"x": "number", "y": "number"})
+    return alt.InlineData(values="\n".join(lines), format=form)

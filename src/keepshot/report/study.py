@@ -39,6 +39,19 @@ class Group:
     figure: Figure | None
 
 
+@dataclass(frozen=True)
+class CorrelationTable:
+    """Two settings: ranks, and beside them scores, for each choice of models and tasks."""
+
+    title: str
+    rows: list[tuple[CorrelationFinding, CorrelationFinding | None]]
+
+
+def is_study(directory: Path) -> bool:
+    """Say whether a directory holds a study's document."""
+    return (directory / RECORD).exists()
+
+
 def read_study(study_dir: Path) -> StudyDocument:
     """Return the document of a study's directory.
 
@@ -79,6 +92,7 @@ def write_study_report(study_dir: Path) -> Path:
             document=document,
             findings=document.findings,
             comparison=comparison,
+            correlation_tables=correlation_tables(document.findings),
             sentences=sentences(document.findings),
             figures={one.name: one for one in _figures(document.findings, comparison, folder)},
             groups=_groups(document, folder),
@@ -100,6 +114,24 @@ def main_comparison(findings: Findings | None) -> Comparison | None:
     return listed[-1] if listed else None
 
 
+def correlation_tables(findings: Findings | None) -> list[CorrelationTable]:
+    """Return the question and its controls, a row for each choice of models and tasks."""
+    found: dict[str, CorrelationTable] = {}
+    listed = [one for one in findings.correlations if one.role != "other"] if findings else []
+    scores = {
+        (one.first, one.second, one.models, one.tasks): one
+        for one in listed
+        if one.kind == "pearson"
+    }
+    for one in listed:
+        if one.kind == "spearman":
+            control = ", the control" if one.role == "control" else ""
+            title = f"{one.second}, against {one.first}{control}"
+            key = (one.first, one.second, one.models, one.tasks)
+            found.setdefault(title, CorrelationTable(title, [])).rows.append((one, scores.get(key)))
+    return list(found.values())
+
+
 def sentences(findings: Findings | None) -> list[str]:
     """Say what was found: the correlation, without degraded models, given size, and its control."""
     comparison = main_comparison(findings)
@@ -114,12 +146,13 @@ def sentences(findings: Findings | None) -> list[str]:
     if "all" not in asked:
         return []
     whole = asked["all"]
+    second, first = (f"\u201c{name}\u201d" for name in (comparison.second, comparison.first))
     found = [
         f"Over {count(whole.num_points, 'tuned model')} of {whole.num_clusters} families, the "
-        f"score of {comparison.second} and that of {comparison.first} correlate at {_said(whole)} "
-        f"(Spearman, means over {count(whole.num_tasks, 'task')})."
+        f"scores of {second} and {first} correlate at {_said(whole)} (Spearman, "
+        f"means over {count(whole.num_tasks, 'task')})."
     ]
-    others = [(f"of models {name}", one) for name, one in asked.items() if name != "all"]
+    others = [(f"for models {name}", one) for name, one in asked.items() if name != "all"]
     rest = [f"{_said(one)} {of} (n = {one.num_points})" for of, one in others]
     if whole.given_size is not None:
         given = whole.given_size
@@ -129,17 +162,23 @@ def sentences(findings: Findings | None) -> list[str]:
     controls = [one for one in ranks if one.role == "control" and one.models == "all"]
     for control in controls:
         found.append(
-            f"The control: with {control.first}, which sees no examples, it is {_said(control)}."
+            f"The control: with \u201c{control.first}\u201d, which sees no examples, it is "
+            f"{_said(control)}."
         )
     if comparison.bound is not None:
         over = comparison.bound
         found.append(
-            f"Of the items, tuned models solve {percent(over.beyond.value)} that their bases solve "
-            f"under none of {over.num_draws} draws of demonstrations; a further draw of the bases "
-            f"themselves solves {percent(over.control.value)} of that kind. The difference is "
-            f"{score(over.excess.value)} {score_interval(over.excess.ci95)}."
+            f"Of the items, tuned models solve {_tenths(over.beyond.value)} % that their bases "
+            f"solve under none of {over.num_draws} draws of demonstrations; a further draw of the "
+            f"bases themselves solves {_tenths(over.control.value)} % of that kind. The difference "
+            f"is {_tenths(over.excess.value)} % "
+            f"[{', '.join(_tenths(end) for end in over.excess.ci95)}]."
         )
     return found
+
+
+def _tenths(share: float) -> str:
+    return f"{100 * share:.1f}"
 
 
 def _said(one: CorrelationFinding) -> str:

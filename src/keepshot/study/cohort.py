@@ -39,7 +39,7 @@ class Condition:
         if self.setting not in PLAIN_SETTINGS:
             return self.setting
         of = "tuned to write examples" if self.of == "sampling" else self.of
-        return f"{of}, {self.setting}" + (f", {self.shots} shots" if self.shots else "")
+        return f"{of} {self.setting}" + (f", {self.shots} shots" if self.shots else "")
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class CorrelationFinding(Tested):
     """Two settings over models, each a mean over tasks; families are resampled."""
 
     first: str
-    """Setting on the horizontal axis, such as `base, gold, 4 shots`."""
+    """Setting on the horizontal axis, such as `base gold, 4 shots`."""
     second: str
     role: Role
     models: str = "all"
