@@ -136,7 +136,7 @@ def _rows(
     for (ask, split, shots, task), block in own.items():
         if task != target and shots > 0:
             groups.setdefault((ask, split, shots), {})[task] = block
-    scores: dict[str, stats.Interval | None] = {}
+    scores: dict[str, tuple[stats.Interval | None, int]] = {}
     for (ask, split, shots), tasks in groups.items():
         listed = [tasks[task] for task in sorted(tasks)]
         before: list[Matrix] = []
@@ -146,12 +146,13 @@ def _rows(
                 before.append(np.tile(same.matrix, (size // len(same.matrix), 1)))
         if split not in scores:
             scores[split] = _target_score(items, own, target, split)
-        score = scores[split]
+        score, num_asked = scores[split]
         yield _Row(
             fields={
                 **fields, "ask": ask, "split": split, "shots": shots,
                 "target_score": score.value if score else None,
                 "target_ci95": score.ci95 if score else None,
+                "target_num_items": num_asked or None,
                 "format_failure": float(np.mean([block.format_failure for block in listed])),
                 "label_leakage": float(np.mean([block.label_leakage for block in listed])),
                 "num_tasks": len(listed), "num_items": sum(b.matrix.shape[1] for b in listed),
@@ -187,17 +188,18 @@ def _resample_(rows: Sequence[_Row]) -> None:
 
 def _target_score(
     items: Frame, own: Mapping[tuple[str, str, int, str], _Block], target: str, split: str
-) -> stats.Interval | None:
-    """Return the mean of the target's score; of one seed with its Wilson interval."""
+) -> tuple[stats.Interval | None, int]:
+    """Return the mean of the target's score (of one seed with Wilson's interval), and its items."""
     places = [
         block.places
         for (_, of, shots, task), block in own.items()
         if (of, shots, task) == (split, 0, target)
     ]
     if not places:
-        return None
+        return None, 0
     rows = items.iloc[np.sort(np.concatenate(places))]
     once = rows.drop_duplicates(["tuning_seed", "item"])
     if once["tuning_seed"].nunique() <= 1:
-        return stats.proportion(float(once["correct"].sum()), len(once))
-    return stats.mean_over_tasks([matrix(once)], np.random.default_rng(BOOTSTRAP_SEED))
+        return stats.proportion(float(once["correct"].sum()), len(once)), len(once)
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    return stats.mean_over_tasks([matrix(once)], generator), once["item"].nunique()

@@ -35,6 +35,7 @@ class StudyArm(BaseModel):
     target_score: float | None
     """At 0 shots, on the same split."""
     target_ci95: tuple[float, float] | None
+    target_num_items: int | None = None
     format_failure: float
     label_leakage: float
     num_tasks: int

@@ -90,7 +90,8 @@ class _Analysis:
         pairs = pairs_of(list(self.cohort.asked))
         joined = [(pair, self.cohort.pair(pair.first, pair.second)) for pair in pairs]
         there = [(pair, pairing) for pair, pairing in joined if pairing is not None]
-        if not any(pair.role == "question" for pair, _ in there):
+        asked = any(pair.role == "question" for pair, _ in there)
+        if not asked:
             self.notes[NO_PAIRS] = None
         rows = [row for pair, pairing in there for row in self._correlations(pair, pairing)]
         comparisons = [
@@ -113,7 +114,8 @@ class _Analysis:
             settings=[self.name(condition) for condition in settings],
             correlations=with_adjusted(rows, lambda row: row["kind"], CorrelationFinding),
             comparisons=comparisons,
-            notes=[*self.notes, *self._refusals()],
+            # What else cannot be said of a study that asks another question is of no use.
+            notes=[*self.notes, *(self._refusals() if asked else ())],
         )
 
     def _comparison(self, pair: Pair, models: str, part: Pairing) -> Comparison:
