@@ -225,7 +225,7 @@ def _asked(part: Frame, num_units: int, num_tasks: int) -> Asked:
         times = np.bincount(flat, minlength=size)
         with np.errstate(invalid="ignore"):
             solved_UN = (total / times).reshape(shape)
-        scores_UT[units, task] = np.nanmean(solved_UN, axis=1)
+        scores_UT[units, task] = np.round(np.nanmean(solved_UN, axis=1), 12)
         noise_UT[units, task] = _noise(solved_UN)
         num_items_T[task] = len(names)
     return Asked(scores_UT, noise_UT, num_items_T, part)

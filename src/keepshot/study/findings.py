@@ -184,7 +184,8 @@ def correlated(
     Raises:
         StudyError: where the correlation itself cannot be given.
     """
-    x, y = pairing.first_PT.mean(axis=1), pairing.second_PT.mean(axis=1)
+    # Scores that are equal must tie, in whatever order they were added up.
+    x, y = (np.round(scores.mean(axis=1), 12) for scores in (pairing.first_PT, pairing.second_PT))
     families = pairing.units["family"].tolist()
     found = correlate(x, y, families, np.random.default_rng(SEED), kind=kind)
     size = pairing.units["log_size"].to_numpy(float)[:, None]
