@@ -9,6 +9,7 @@ The rows are made: 90 bases and 90 models tuned from them, 24 tasks, three draws
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import time
@@ -27,8 +28,6 @@ from keepshot.study.spec import StudySpec
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from cohorts import made_items  # noqa: E402 - found by the line above
-
 MODELS, TASKS, ITEMS = 90, 24, 12
 
 
@@ -38,6 +37,7 @@ def main() -> None:
     place = parser.parse_args().out
     times: dict[str, float] = {}
     grid = timed(times, "plan", lambda: expand(StudySpec.from_mapping(grid_of(), source="made")))
+    made_items = importlib.import_module("cohorts").made_items
     items = made_items(MODELS, TASKS, ITEMS, degraded=20)
     labels = [SimpleNamespace(label=name) for name in items["model"].unique()]
     spec: Any = SimpleNamespace(models=labels, targets=("compositions",))

@@ -85,8 +85,10 @@ def _named(
     for name, values in names.items():
         rows[name] = np.array(values, dtype=object)[number]
     rows["num_parameters"] = sizes.astype(np.int64)[number]
-    rows["recipe"] = np.where(is_tuned, recipe, None)
-    rows["target"] = np.where(is_tuned, "compositions", None)
+    rows["recipe"] = np.array(
+        [r if t else None for r, t in zip(recipe, is_tuned, strict=True)], object
+    )
+    rows["target"] = np.array(["compositions" if t else None for t in is_tuned], object)
     rows["tuning_seed"] = np.where(is_tuned, 0.0, np.nan)
     rows["lam"] = np.nan
     constants = {

@@ -100,8 +100,8 @@ def resampled_retention(
     """Return what `retention` is made of: its value, and that of every resample."""
     for task_after, task_before in zip(after, before, strict=True):
         assert task_after.shape == task_before.shape, "retention needs paired items and draws"
-    found = resampled_over_tasks([after, before], generator)
-    return kept(*found, float(np.mean(chances)))
+    one, two = resampled_over_tasks([after, before], generator)
+    return kept(one, two, float(np.mean(chances)))
 
 
 def kept(after: Resampled, before: Resampled, chance: float) -> Resampled | None:

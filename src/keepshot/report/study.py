@@ -239,8 +239,9 @@ def _marks(arms: Sequence[StudyArm], looks: dict[str, Look]) -> list[Mark]:
     for arm in arms:
         if arm.target_score is None or arm.retention is None:
             continue
-        across = (arm.target_score, arm.target_ci95 or (arm.target_score,) * 2)
-        there.append((arm, across, (arm.retention, arm.retention_ci95 or (arm.retention,) * 2)))
+        x, y = arm.target_score, arm.retention
+        across, up = (x, arm.target_ci95 or (x, x)), (y, arm.retention_ci95 or (y, y))
+        there.append((arm, across, up))
     points = [(across[0], up[0]) for _, across, up in there]
     marks: list[Mark] = []
     for (arm, across, up), (x, y) in zip(there, points, strict=True):

@@ -103,21 +103,24 @@ def _blocks(items: Frame) -> dict[_Who, dict[tuple[str, str, int, str], _Block]]
         name: items[name].to_numpy(float)[order]
         for name in ("correct", "chance", "format_failure", "label_leakage")
     }
-    columns = [items[name].to_numpy() for name in BLOCK]
+    columns: list[Any] = [items[name].to_numpy() for name in BLOCK]
     found: dict[_Who, dict[tuple[str, str, int, str], _Block]] = {}
     for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
         places = order[start:end]
         num_items = len(np.unique(item[places]))
         table = item[places].reshape(-1, num_items)
         assert (table == table[0]).all(), "every draw must see the same items"
-        model, target, recipe, lam, ask, split, shots, task = (
+        of: list[Any] = [
             None if pd.isna(column[places[0]]) else column[places[0]] for column in columns
-        )
+        ]
+        model, target, recipe, lam, ask, split, shots, task = of
         block = _Block(
             places,
             values["correct"][start:end].reshape(-1, num_items),
-            *(float(values[name][start:end].mean()) for name in list(values)[1:]),
-            len(np.unique(tuning_seed[places])),
+            chance=float(values["chance"][start:end].mean()),
+            format_failure=float(values["format_failure"][start:end].mean()),
+            label_leakage=float(values["label_leakage"][start:end].mean()),
+            num_seeds=len(np.unique(tuning_seed[places])),
         )
         who = (model, target, recipe, None if lam is None else float(lam))
         found.setdefault(who, {})[ask, split, int(shots), task] = block

@@ -7,7 +7,7 @@ have). A base's score stands beside that of every model tuned from it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
@@ -72,11 +72,15 @@ class Pairing:
 
     def of(self, rows: NDArray[np.bool_]) -> Pairing:
         """Return some of the points."""
-        arrays = (self.first_PT, self.second_PT, self.first_noise_PT, self.second_noise_PT)
-        return Pairing(
-            self.units[rows].reset_index(drop=True), self.tasks,
-            *(array[rows] for array in arrays), self.own_PT[rows], self.num_items,
-        )  # fmt: skip
+        return replace(
+            self,
+            units=self.units[rows].reset_index(drop=True),
+            first_PT=self.first_PT[rows],
+            second_PT=self.second_PT[rows],
+            first_noise_PT=self.first_noise_PT[rows],
+            second_noise_PT=self.second_noise_PT[rows],
+            own_PT=self.own_PT[rows],
+        )
 
     def on(self, own: bool) -> Pairing | None:
         """Return the part on the tasks that points were tuned for, or on those none was; or None.
@@ -85,19 +89,34 @@ class Pairing:
         those stands in the first column.
         """
         if not own:
-            kept = ~self.own_PT.any(axis=0)
+            kept = ~np.any(self.own_PT, axis=0)
             if kept.all() or not kept.any():
                 return None
-            tasks = [task for task, keep in zip(self.tasks, kept, strict=True) if keep]
-            columns = (a[:, kept] for a in self._arrays)
-            return Pairing(self.units, tasks, *columns, self.own_PT[:, kept], self.num_items)
-        if not self.own_PT.any(axis=1).all():
+            return replace(
+                self,
+                tasks=[self.tasks[place] for place in np.flatnonzero(kept)],
+                first_PT=self.first_PT[:, kept],
+                second_PT=self.second_PT[:, kept],
+                first_noise_PT=self.first_noise_PT[:, kept],
+                second_noise_PT=self.second_noise_PT[:, kept],
+                own_PT=self.own_PT[:, kept],
+            )
+        count_P1 = self.own_PT.sum(axis=1, keepdims=True)
+        if not count_P1.all():
             return None
-        count_P = self.own_PT.sum(axis=1)
-        first, second, *noises = ((a * self.own_PT).sum(axis=1) / count_P for a in self._arrays)
-        noises = [noise / count_P for noise in noises]
-        columns = (a[:, None] for a in (first, second, *noises))
-        return Pairing(self.units, ["its own"], *columns, count_P[:, None] > 0, self.num_items)
+
+        def mean(scores_PT: Vector) -> Vector:
+            return (scores_PT * self.own_PT).sum(axis=1, keepdims=True) / count_P1
+
+        return replace(
+            self,
+            tasks=["its own"],
+            first_PT=mean(self.first_PT),
+            second_PT=mean(self.second_PT),
+            first_noise_PT=mean(self.first_noise_PT) / count_P1,
+            second_noise_PT=mean(self.second_noise_PT) / count_P1,
+            own_PT=count_P1 > 0,
+        )
 
     def subsets(self, tags: Sequence[str]) -> Iterator[tuple[str, Pairing]]:
         """Yield all points, those not degraded, and those with and without each tag."""
@@ -111,10 +130,6 @@ class Pairing:
             if has.any() and not has.all():
                 yield tag, self.of(has)
                 yield f"not {tag}", self.of(~has)
-
-    @property
-    def _arrays(self) -> tuple[Vector, Vector, Vector, Vector]:
-        return self.first_PT, self.second_PT, self.first_noise_PT, self.second_noise_PT
 
 
 @dataclass(frozen=True)
@@ -152,13 +167,13 @@ class Cohort:
         self, one: Asked, two: Asked, units: Frame, own_UT: NDArray[np.bool_]
     ) -> Pairing | None:
         there_UT = np.isfinite(one.scores_UT) & np.isfinite(two.scores_UT)
-        rows = there_UT.any(axis=1)
+        rows = np.any(there_UT, axis=1)
         if not rows.any():
             return None
-        columns = there_UT[rows].all(axis=0)
+        columns = np.all(there_UT[rows], axis=0)
         if not columns.any():
             return None
-        tasks = [task for task, kept in zip(self.tasks, columns, strict=True) if kept]
+        tasks = [self.tasks[place] for place in np.flatnonzero(columns)]
         cut = np.ix_(rows, columns)
         num_items = int(np.maximum(one.num_items_T, two.num_items_T)[columns].sum())
         return Pairing(
@@ -204,7 +219,8 @@ def cohort(items: Frame) -> Cohort | None:
         {"of": of, "unit": units, "task_code": codes, "row": np.arange(len(rows))}
     ).join(rows[["ask", "setting", "shots", "item", "seed", "correct"]].reset_index(drop=True))
     asked: dict[Condition, Asked] = {}
-    for key, part in keyed.groupby(["of", "ask", "setting", "shots"], sort=False):
+    groups: Any = keyed.groupby(["of", "ask", "setting", "shots"], sort=False)
+    for key, part in groups:
         count = len(models) if key[0] == "base" else len(subjects)
         asked[Condition(key[0], str(key[1]), str(key[2]), int(key[3]))] = _asked(
             part, count, len(tasks)

@@ -64,7 +64,8 @@ def compare(
 
     within = [attempt("over tasks", lambda kind=kind: _within(pairing, kind)) for kind in KINDS]
     return Comparison(
-        **shared,
+        first=names[0],
+        second=names[1],
         models=models,
         tasks=pairing.tasks,
         domains=of,

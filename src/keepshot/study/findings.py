@@ -229,7 +229,7 @@ def _needed(found: Correlation) -> tuple[int | None, int | None]:
     alone = (1.0 + (found.value**2 / 2 if found.kind == "spearman" else 0.0)) / (
         found.num_points - 3
     )
-    return needed, round(needed * max(1.0, error**2 / alone))
+    return needed, round(needed * max(1.0, float(error**2 / alone)))
 
 
 def _figure(found: Correlation | None) -> Figure | None:
