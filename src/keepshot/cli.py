@@ -351,10 +351,14 @@ def report(
     out: option.Out = None,
     as_json: option.Json = False,
 ) -> None:
-    """Write the page of a run again, or one page that compares several."""
+    """Write the page of a run or a study again, or one page that compares several."""
     from keepshot.records import ResultDocument
     from keepshot.report import compare, write_report
+    from keepshot.report.study import is_study, read_study, write_study_report
 
+    if len(dirs) == 1 and out is None and is_study(dirs[0]):
+        page, found = write_study_report(dirs[0]), read_study(dirs[0]).model_dump(by_alias=True)
+        return print_json({"report": str(page), "study": found}) if as_json else typer.echo(page)
     documents = [ResultDocument.read(directory) for directory in dirs]
     if len(dirs) == 1 and out is None:
         page = write_report(dirs[0])

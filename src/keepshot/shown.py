@@ -114,8 +114,8 @@ def show_study(document: StudyDocument, out_dir: Path | None) -> None:
         console.print("--retry does again what failed, once its cause is mended", highlight=False)
     if out_dir is not None:
         console.print(f"written: {escape(str(out_dir))}", highlight=False, soft_wrap=True)
-        page = escape(str(out_dir / "report.md"))
-        console.print(f"report:  {page}", highlight=False, soft_wrap=True)
+        page = escape(str(out_dir / "report.html"))
+        console.print(f"page:    {page}", highlight=False, soft_wrap=True)
 
 
 def show_tally(tally: Tally) -> None:

@@ -17,6 +17,8 @@ from scipy import stats as scipy_stats
 
 Matrix = NDArray[np.float64]
 NUM_RESAMPLES = 4000
+Resampled = tuple[float, NDArray[np.float64]]
+"""A figure, and that of every resample, [NUM_RESAMPLES]."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,7 @@ def mean_over_tasks(tasks: Sequence[Matrix], generator: np.random.Generator) -> 
         tasks: one [num_draws, num_items] matrix of scores per task.
         generator: source of the resamples.
     """
-    resampled = np.mean([resampled_means([task], generator)[0] for task in tasks], axis=0)
-    return percentiles(float(np.mean([task.mean() for task in tasks])), resampled)
+    return percentiles(*resampled_over_tasks([tasks], generator)[0])
 
 
 def difference(first: Matrix, second: Matrix, generator: np.random.Generator) -> Interval:
@@ -99,16 +100,42 @@ def resampled_retention(
     """Return what `retention` is made of: its value, and that of every resample."""
     for task_after, task_before in zip(after, before, strict=True):
         assert task_after.shape == task_before.shape, "retention needs paired items and draws"
-    chance = float(np.mean(chances))
-    pairs = [resampled_means([a, b], generator) for a, b in zip(after, before, strict=True)]
-    gained_after = np.mean([pair[0] for pair in pairs], axis=0) - chance
-    gained_before = np.mean([pair[1] for pair in pairs], axis=0) - chance
-    if float(np.quantile(gained_before, 0.025)) <= 0.0:
+    one, two = resampled_over_tasks([after, before], generator)
+    return kept(one, two, float(np.mean(chances)))
+
+
+def kept(after: Resampled, before: Resampled, chance: float) -> Resampled | None:
+    """Return the share of a score above chance that is left, and that of every resample.
+
+    Args:
+        after: mean over tasks and its resamples, as `resampled_over_tasks` returns.
+        before: the same for the model before tuning, of the same resamples.
+        chance: mean score of guessing.
+
+    Returns:
+        None where the model before tuning is not reliably above chance.
+    """
+    above = before[1] - chance
+    if float(np.quantile(above, 0.025)) <= 0.0:
         return None
-    point = (np.mean([a.mean() for a in after]) - chance) / (
-        np.mean([b.mean() for b in before]) - chance
-    )
-    return float(point), gained_after / gained_before
+    return (after[0] - chance) / (before[0] - chance), (after[1] - chance) / above
+
+
+def resampled_over_tasks(
+    arms: Sequence[Sequence[Matrix]], generator: np.random.Generator
+) -> list[Resampled]:
+    """Return each arm's mean over tasks, and that of every resample: the same ones for all.
+
+    Args:
+        arms: for each arm one [num_draws, num_items] matrix per task; of the same shapes in all.
+        generator: source of the resamples.
+    """
+    num_tasks = len(arms[0])
+    total = np.zeros((len(arms), NUM_RESAMPLES))
+    for task in range(num_tasks):
+        total += resampled_means([arm[task] for arm in arms], generator)
+    values = [float(np.mean([matrix.mean() for matrix in arm])) for arm in arms]
+    return list(zip(values, total / num_tasks, strict=True))
 
 
 def resampled_means(
@@ -118,7 +145,12 @@ def resampled_means(
     num_draws, num_items = paired[0].shape
     items = _multinomial_weights(num_items, generator)
     draws = _multinomial_weights(num_draws, generator)
-    return [np.einsum("rs,sn,rn->r", draws, matrix, items, optimize=True) for matrix in paired]
+    # One product for all that are paired: a [resamples, draws] table of means for each.
+    by_draw = items @ np.concatenate(paired).T
+    return [
+        (draws * by_draw[:, start : start + num_draws]).sum(axis=1)
+        for start in range(0, len(paired) * num_draws, num_draws)
+    ]
 
 
 def _multinomial_weights(size: int, generator: np.random.Generator) -> Matrix:

@@ -25,9 +25,12 @@ from keepshot.models.reference import Embedded, GGUFFile, HubModel, converted_pa
 from keepshot.outputs import write_text
 from keepshot.progress import Silent
 from keepshot.records import write_instructions
+from keepshot.report.study import write_study_report
+from keepshot.study.arms import arms
 from keepshot.study.directory import StudyDirectory
 from keepshot.study.document import RECORD, StudyDocument
-from keepshot.study.frame import Frame, arms, item_frame, score_frame, write_frames
+from keepshot.study.findings import findings
+from keepshot.study.frame import Frame, item_frame, score_frame, write_frames
 from keepshot.study.grid import Grid, check_size, expand, names_in
 from keepshot.study.runner import Tally, Watch, failures, tally, work
 from keepshot.study.spec import StudySpec, check_patterns
@@ -152,7 +155,7 @@ def status_of(spec: StudySpec, store: AssetStore, out_dir: Path) -> tuple[Tally,
 
 
 def finish(spec: StudySpec, grid: Grid, directory: StudyDirectory) -> StudyDocument:
-    """Write `frame.parquet`, `scores.parquet`, `report.md` and, last, `study.json`."""
+    """Write `frame.parquet`, `scores.parquet`, `report.md`, `study.json` and `report.html`."""
     document, frames = document_of(spec, grid, directory)
     write_frames(*frames, directory.path)
     followed = rows_of(spec, grid, directory)
@@ -160,6 +163,7 @@ def finish(spec: StudySpec, grid: Grid, directory: StudyDirectory) -> StudyDocum
         write_instructions(followed, directory.path / "instructions.parquet")
     write_text(markdown(document), directory.path / "report.md")
     write_text(document.to_json(), directory.path / RECORD)
+    write_study_report(directory.path)
     return document
 
 
@@ -180,6 +184,7 @@ def document_of(
         done=len(records) - len(failed),
         failed=len(failed),
         arms=arms(spec, grid, items, records),
+        findings=findings(items, {name: entry.domain for name, entry in CATALOG.items()}),
         failures=[
             {"unit": r.unit, "label": r.label, "reason": r.reason or "", "trace": r.trace or ""}
             for r in failed

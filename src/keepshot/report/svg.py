@@ -20,12 +20,9 @@ ALLOWED = frozenset(
 
 def render(chart: Any, description: str) -> str:
     """Return the chart as an SVG document with a title for readers who cannot see it."""
-    major, minor = (
-        chart.to_dict()["$schema"].rsplit("/v", 1)[1].removesuffix(".json").split(".")[:2]
-    )
-    text = vl_convert.vegalite_to_svg(
-        chart.to_dict(), vl_version=f"{major}.{minor}", allowed_base_urls=[]
-    )
+    spec = chart.to_dict()
+    major, minor = spec["$schema"].rsplit("/v", 1)[1].removesuffix(".json").split(".")[:2]
+    text = vl_convert.vegalite_to_svg(spec, vl_version=f"{major}.{minor}", allowed_base_urls=[])
     root = ElementTree.fromstring(text)
     for element in list(root.iter()):
         _tidy_(element)

@@ -18,9 +18,11 @@ import pandas as pd
 import statsmodels.formula.api as smf
 from numpy.typing import NDArray
 from scipy import stats
+from statsmodels.tools.sm_exceptions import ConvergenceWarning
 
 from keepshot.errors import StudyError
 from keepshot.stats import Interval, percentiles
+from keepshot.study.correlation import FEWEST_CLUSTERS
 
 Vector = NDArray[np.float64]
 NUM_RESAMPLES = 1000
@@ -62,7 +64,8 @@ def attribute(
 
     Shares are Shapley values of R^2 over all orders in which causes can enter a linear regression
     (Lindeman, Merenda and Gold 1980), so they add up to the R^2 of all. Intervals come from
-    resampling families, and with few of them are rough.
+    resampling families: the wider of the percentiles and of Student's t with G - 1 degrees of
+    freedom on the resamples' standard error, inflated by sqrt(G / (G - 1)), cut at 0 and 1.
 
     Args:
         outcome: tuned scores, [num_points].
@@ -73,6 +76,9 @@ def attribute(
 
     Returns:
         A share for each cause, and `unexplained`.
+
+    Raises:
+        StudyError: with more than eight causes, or fewer than three families.
     """
     y = np.asarray(outcome, dtype=np.float64)
     blocks = {
@@ -83,6 +89,7 @@ def attribute(
     point = _shares(y, blocks)
     names = np.array([str(cluster) for cluster in clusters])
     rows_of = [np.flatnonzero(names == name) for name in np.unique(names)]
+    _check_families(len(rows_of), "shares of variance")
     resampled: list[dict[str, float]] = []
     for _ in range(NUM_RESAMPLES // 4):
         chosen = generator.integers(0, len(rows_of), len(rows_of))
@@ -90,9 +97,33 @@ def attribute(
         if np.ptp(y[rows]) > 0.0:
             resampled.append(_shares(y[rows], {name: b[rows] for name, b in blocks.items()}))
     return {
-        name: percentiles(value, np.array([shares[name] for shares in resampled]))
+        name: _widened(value, np.array([shares[name] for shares in resampled]), len(rows_of))
         for name, value in point.items()
     }
+
+
+def clustered_mean(values: Sequence[float] | Vector, clusters: Sequence[object]) -> Interval:
+    """Return a mean over models with an interval that knows about families.
+
+    The standard error is the scatter of means when each family is left out (jackknife), with
+    Student's t for G - 1 families.
+
+    Args:
+        values: one a model, [num_points].
+        clusters: the family of each model.
+
+    Raises:
+        StudyError: with fewer than three families.
+    """
+    y = np.asarray(values, dtype=np.float64)
+    names = np.array([str(cluster) for cluster in clusters])
+    families = np.unique(names)
+    _check_families(len(families), "a mean over models")
+    left = np.array([y[names != family].mean() for family in families])
+    count = len(families)
+    error = float(np.sqrt((count - 1) / count * np.sum((left - left.mean()) ** 2)))
+    reach, value = float(stats.t.ppf(0.975, count - 1)) * error, float(y.mean())
+    return Interval(value, value - reach, value + reach)
 
 
 def mixed_model(frame: pd.DataFrame) -> MixedModel:
@@ -118,6 +149,7 @@ def mixed_model(frame: pd.DataFrame) -> MixedModel:
     left = np.array([_slope_within(frame.loc[family_of_row != f]) for f in families])
     count = len(families)
     jackknife = float(np.sqrt((count - 1) / count * np.sum((left - left.mean()) ** 2)))
+    wald = wald if np.isfinite(wald) else 0.0
     reach = max(1.96 * wald, float(stats.t.ppf(0.975, count - 1)) * jackknife)
     variances = dict(zip(fitted.model.exog_vc.names, fitted.vcomp, strict=True))
     return MixedModel(
@@ -158,13 +190,29 @@ def bound(
     control = np.mean(
         [base_SN[index] * (1.0 - solved) for index, solved in enumerate(left_out)], axis=0
     )
-    share = np.full(num_items, 1.0 / num_items)
-    weights = generator.multinomial(num_items, share, size=NUM_RESAMPLES) / num_items
+    # Items that are alike in both are drawn together: the same resamples, in far less time.
+    levels, counts = np.unique(np.stack([beyond, control]), axis=1, return_counts=True)
+    weights = generator.multinomial(num_items, counts / num_items, size=NUM_RESAMPLES) / num_items
     beyond, control, excess = (
-        percentiles(float(values.mean()), weights @ values)
-        for values in (beyond, control, beyond - control)
+        percentiles(float(counts @ values) / num_items, weights @ values)
+        for values in (levels[0], levels[1], levels[0] - levels[1])
     )
     return Bound(beyond, control, excess, num_draws - 1, num_items)
+
+
+def _check_families(count: int, what: str) -> None:
+    if count < FEWEST_CLUSTERS:
+        raise StudyError(
+            f"{count} families; at least {FEWEST_CLUSTERS} are needed for the interval of {what}"
+        )
+
+
+def _widened(value: float, resampled: Vector, num_families: int) -> Interval:
+    found = percentiles(value, resampled)
+    error = float(resampled.std(ddof=1)) * np.sqrt(num_families / (num_families - 1))
+    reach = error * float(stats.t.ppf(0.975, num_families - 1))
+    low, high = min(found.low, value - reach), max(found.high, value + reach)
+    return Interval(value, float(max(0.0, low)), float(min(1.0, high)))
 
 
 def _shares(y: Vector, blocks: Mapping[str, Vector]) -> dict[str, float]:
@@ -198,6 +246,8 @@ def _fit(frame: pd.DataFrame) -> Any:
     with warnings.catch_warnings():
         # A variance near 0, which is what scores in [0, 1] have, is not a boundary.
         warnings.filterwarnings("ignore", message="The MLE may be on the boundary")
+        # Said by `converged`; a Hessian without an inverse gives no Wald interval.
+        warnings.simplefilter("ignore", ConvergenceWarning)
         return model.fit(reml=True)
 
 

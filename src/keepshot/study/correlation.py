@@ -191,7 +191,9 @@ def _weighted(x: Vector, y: Vector, covariates: Vector, weights_RN: Vector, kind
     if covariates.shape[1]:
         head, cross, rest = moments[:, :2, :2], moments[:, :2, 2:], moments[:, 2:, 2:]
         moments = head - cross @ np.linalg.pinv(rest) @ cross.transpose(0, 2, 1)
-    scale = np.sqrt(moments[:, 0, 0] * moments[:, 1, 1])
+    # Of a score that the covariates explain whole, rounding leaves a variance below 0.
+    left = np.maximum(moments[:, [0, 1], [0, 1]], 0.0)
+    scale = np.sqrt(left[:, 0] * left[:, 1])
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(scale > 1e-12 * total[:, 0], moments[:, 0, 1] / scale, np.nan)
 

@@ -8,6 +8,8 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from keepshot import __version__
 from keepshot.records import InstructionScore
+from keepshot.specs import is_none
+from keepshot.study.evidence import Findings
 
 RECORD = "study.json"
 """Where a study's directory holds its document."""
@@ -33,6 +35,7 @@ class StudyArm(BaseModel):
     target_score: float | None
     """At 0 shots, on the same split."""
     target_ci95: tuple[float, float] | None
+    target_num_items: int | None = None
     format_failure: float
     label_leakage: float
     num_tasks: int
@@ -62,6 +65,8 @@ class StudyDocument(BaseModel):
     arms: list[StudyArm]
     instructions: list[InstructionScore] = Field(default_factory=list[InstructionScore])
     """One for each model asked, lambda and split."""
+    findings: Findings | None = Field(default=None, exclude_if=is_none)
+    """Correlations and what explains them; none where no tuned model was asked."""
     failures: list[dict[str, str]]
     notes: list[str] = Field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""A study's rows as one frame, and what its arms come to. Pure but for reading what was recorded.
+"""A study's rows as one frame, and its scores. Pure but for reading what was recorded.
 
 One row for each item under one draw of demonstrations, put to one model; plain columns, so that
 SQL, pandas and `keepshot.study.analysis` read it alike.
@@ -15,20 +15,16 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from keepshot import stats
 from keepshot.errors import StudyError
 from keepshot.outputs import replacing
 from keepshot.records import read_item_table
 from keepshot.stats import Matrix
-from keepshot.study.asks import WRITTEN
 from keepshot.study.directory import UnitRecord
-from keepshot.study.document import StudyArm
 from keepshot.study.grid import Grid
 from keepshot.study.spec import StudySpec
 
 Frame: TypeAlias = Any
 """A pandas DataFrame, whose columns and groups its own types leave open."""
-BOOTSTRAP_SEED = 20
 SCORE_KEYS = [
     "model", "family", "num_parameters", "stage", "recipe", "target", "tuning_seed", "lam", "ask",
     "setting", "split", "task", "is_target", "shots", "seed",
@@ -157,94 +153,6 @@ def matrix(rows: Frame) -> Matrix:
     found = table.to_numpy(dtype=np.float64)
     assert not np.isnan(found).any(), "every draw must see the same items"
     return found
-
-
-def arms(
-    spec: StudySpec, grid: Grid, items: Frame, records: Mapping[str, UnitRecord]
-) -> list[StudyArm]:
-    """Return what each arm keeps of its base's few-shot ability, and its target's score.
-
-    Tuning seeds and draws of demonstrations are resampled together, as one level.
-    """
-    found: list[StudyArm] = []
-    items = items[~items["setting"].isin(WRITTEN)]
-    seconds: dict[tuple[str, str | None, str | None], list[float]] = {}
-    for subject, identity in grid.tuned.items():
-        record = records.get(identity)
-        if record is not None and record.training is not None:
-            key = subject.model, subject.target, subject.recipe
-            seconds.setdefault(key, []).append(record.training.seconds)
-    for model in spec.models:
-        for target in spec.targets or ("",):
-            name = target_name(target)
-            own = items[items["model"] == model.label]
-            base = own[own["stage"] == "base"]
-            near = own[own["target"] == target]
-            if base.empty:
-                continue
-            groups = near.groupby(["recipe", "lam"], dropna=False, sort=False)
-            every = [((None, None), base), *((key, rows) for key, rows in groups)]
-            for (recipe, lam), rows in every:
-                spent = seconds.get((model.label, target, recipe), [])
-                who = {
-                    "model": model.label, "target": target, "recipe": recipe,
-                    "lam": None if lam is None or np.isnan(lam) else float(lam),
-                    "tuning_seconds": float(np.mean(spent)) if spent else None,
-                }  # fmt: skip
-                found += _arm_rows(rows, base, name, who)
-    return found
-
-
-def _arm_rows(rows: Frame, base: Frame, target: str, who: Mapping[str, Any]) -> list[StudyArm]:
-    found: list[StudyArm] = []
-    asked = rows[(rows["task"] != target) & (rows["shots"] > 0)]
-    for (ask, split, shots), part in asked.groupby(["ask", "split", "shots"], sort=False):
-        same = (base["ask"] == ask) & (base["split"] == split) & (base["shots"] == shots)
-        before_of = {task: one for task, one in base[same].groupby("task")}
-        after: list[Matrix] = []
-        before: list[Matrix] = []
-        chances: list[float] = []
-        for task, one in part.groupby("task"):
-            after.append(matrix(one))
-            if task in before_of:
-                times = len(after[-1]) // len(matrix(before_of[task]))
-                before.append(np.tile(matrix(before_of[task]), (times, 1)))
-            chances.append(float(one["chance"].mean()))
-        icl = stats.mean_over_tasks(after, np.random.default_rng(BOOTSTRAP_SEED))
-        kept = None
-        if len(before) == len(after):
-            generator = np.random.default_rng(BOOTSTRAP_SEED)
-            kept = stats.retention(after, before, chances, generator)
-        # Of the task's own wording: asks of variants come apart.
-        direct = (rows["task"] == target) & (rows["setting"] == "direct") & (rows["split"] == split)
-        score = _mean(rows[direct])
-        by_task = part.groupby("task")
-        found.append(
-            StudyArm(
-                **who, ask=str(ask), split=str(split), shots=int(shots),
-                icl=icl.value, icl_ci95=icl.ci95,
-                retention=kept.value if kept else None,
-                retention_ci95=kept.ci95 if kept else None,
-                target_score=score.value if score else None,
-                target_ci95=score.ci95 if score else None,
-                format_failure=float(by_task["format_failure"].mean().mean()),
-                label_leakage=float(by_task["label_leakage"].mean().mean()),
-                num_tasks=len(after), num_items=sum(m.shape[1] for m in after),
-                num_seeds=max(1, part["tuning_seed"].nunique()),
-            )
-        )  # fmt: skip
-    return found
-
-
-def _mean(rows: Frame) -> stats.Interval | None:
-    """Return the mean of the target's score; of one seed with its Wilson interval."""
-    if rows.empty:
-        return None
-    once = rows.drop_duplicates(["tuning_seed", "item"])
-    if once["tuning_seed"].nunique() <= 1:
-        return stats.proportion(float(once["correct"].sum()), len(once))
-    generator = np.random.default_rng(BOOTSTRAP_SEED)
-    return stats.mean_over_tasks([matrix(once)], generator)
 
 
 def write_frames(items: Frame, scores: Frame, out_dir: Path) -> Sequence[Path]:

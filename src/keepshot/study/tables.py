@@ -6,9 +6,19 @@ from collections.abc import Iterator, Sequence
 
 from keepshot.records import InstructionScore
 from keepshot.study.document import StudyArm, StudyDocument
+from keepshot.study.evidence import CorrelationFinding, Findings
 
 FIGURES = ("target", "few-shot", "retention")
 FOLLOWED = ("arm", "prompts, strict", "single instructions, strict", "answers cut", "of")
+CORRELATIONS = (
+    "settings", "models", "tasks", "kind", "correlation", "given size", "without noise",
+    "p adjusted", "n (families)",
+)  # fmt: skip
+CORRELATION_NOTE = (
+    "Means over tasks; intervals by families (Student's t). p adjusted by Benjamini and Hochberg "
+    "over all correlations of one kind, the matrix's included. `report.html` says how to read the "
+    "rest."
+)
 COLUMNS = ("arm", *FIGURES, "format failures", "leakage", "seconds of tuning")
 
 
@@ -18,6 +28,8 @@ def markdown(document: StudyDocument) -> str:
     if document.question:
         lines += [document.question.strip(), ""]
     lines += [_state(document), ""]
+    if document.findings is not None:
+        lines += list(_found(document.findings))
     for title, arms in grouped(document.arms):
         lines += [f"## {title}", "", _size(arms), ""]
         lines += [_row(COLUMNS), _row(["---"] * len(COLUMNS))]
@@ -79,6 +91,56 @@ def figures(arm: StudyArm) -> list[str]:
         _figure(arm.icl, arm.icl_ci95),
         _figure(arm.retention, arm.retention_ci95),
     ]
+
+
+def _found(findings: Findings) -> Iterator[str]:
+    """Yield what the analysis says: the question with its controls, and refusals."""
+    asked = [one for one in findings.correlations if one.role != "other"]
+    if asked:
+        yield from ("## Correlations over models", "")
+        yield from (_row(CORRELATIONS), _row(["---"] * len(CORRELATIONS)))
+        yield from (_row(_correlation(one)) for one in asked)
+        yield from ("", CORRELATION_NOTE, "")
+    for one in findings.comparisons:
+        title = f"{one.second} against {one.first}, {one.models} models"
+        if one.shares:
+            shares = "; ".join(f"{s.cause} {_figure(s.value, s.ci95)}" for s in one.shares)
+            yield f"- {title}: share of the variance between models: {shares}."
+        for each in one.within:
+            mean = _figure(each.mean.value, each.mean.ci95)
+            yield (
+                f"- {title}: over {each.num_tasks} tasks, mean of the {each.kind} correlations of "
+                f"{each.num_models} models {mean}."
+            )
+        if one.mixed is not None:
+            slope = _figure(one.mixed.slope.value, one.mixed.slope.ci95)
+            ends = "" if one.mixed.converged else " (the fit did not fully converge)"
+            yield f"- {title}: slope of the mixed model {slope}{ends}."
+        if one.bound is not None:
+            parts = (one.bound.beyond, one.bound.control, one.bound.excess)
+            beyond, control, excess = (
+                f"{100 * p.value:.1f} [{100 * p.ci95[0]:.1f}, {100 * p.ci95[1]:.1f}] %"
+                for p in parts
+            )
+            yield (
+                f"- {title}: items solved that the base solves under none of {one.bound.num_draws} "
+                f"draws: {beyond}; by a further draw of the base: {control}; difference {excess}."
+            )
+    yield from (f"- {note}" for note in findings.notes)
+    yield ""
+
+
+def _correlation(one: CorrelationFinding) -> list[str]:
+    tasks = str(one.num_tasks) + ("" if one.tasks == "all" else f" {one.tasks}")
+    given, clean = (
+        "" if part is None else _figure(part.value, part.ci95)
+        for part in (one.given_size, one.without_noise)
+    )
+    return [
+        f"{one.second} / {one.first}" + (" (control)" if one.role == "control" else ""),
+        one.models, tasks, one.kind, _figure(one.value, one.ci95), given, clean,
+        f"{one.p_adjusted:.2g}", f"{one.num_points} ({one.num_clusters})",
+    ]  # fmt: skip
 
 
 def _followed(score: InstructionScore) -> list[str]:

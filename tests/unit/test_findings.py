@@ -1,0 +1,265 @@
+"""What a study of made models shows, where what there is to find is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cohorts import made_items
+from keepshot import stats
+from keepshot.errors import StudyError
+from keepshot.study.analysis import attribute, bound, clustered_mean
+from keepshot.study.cohort import Condition, _noise, cohort  # pyright: ignore[reportPrivateUsage]
+from keepshot.study.evidence import CorrelationFinding, Findings, Kind
+from keepshot.study.findings import NO_PAIRS, correlated, findings, pairs_of
+
+DOMAINS = {f"task-{number:02d}": f"kind {number % 3}" for number in range(24)}
+
+
+def asked(found: Findings | None, **wanted: object) -> list[CorrelationFinding]:
+    assert found is not None
+    keys = {"role": "question", "models": "all", "tasks": "all", "kind": "spearman", **wanted}
+    rows = found.correlations
+    return [one for one in rows if all(getattr(one, k) == v for k, v in keys.items())]
+
+
+def question(items: pd.DataFrame, kind: Kind) -> dict[str, Any]:
+    """The one correlation alone, which is quick."""
+    one = cohort(items)
+    assert one is not None
+    pair = next(p for p in pairs_of(list(one.asked)) if p.role == "question")
+    joined = one.pair(pair.first, pair.second)
+    assert joined is not None
+    return correlated(joined, kind, lambda reason: None)
+
+
+@pytest.fixture(scope="module")
+def known() -> Findings:
+    found = findings(made_items(32, 6, 12, families=8, degraded=8, seed=1), DOMAINS)
+    assert found is not None
+    return found
+
+
+def test_the_question_stands_beside_its_controls(known: Findings):
+    (whole,) = asked(known)
+    assert (whole.first, whole.second) == ("base gold, 4 shots", "tuned direct")
+    assert (whole.num_points, whole.num_clusters, whole.num_tasks) == (32, 8, 6)
+    assert whole.ci95[0] < whole.value < whole.ci95[1]
+    assert whole.value > 0.75
+    (control,) = asked(known, role="control")
+    assert control.first == "base direct"
+    rows = known.correlations
+    assert all(one.p_adjusted >= one.p_value for one in rows)
+    assert control.value < whole.ci95[0], "without examples these bases show little of themselves"
+    assert known.settings == [
+        "base direct", "base gold, 4 shots", "tuned direct", "tuned gold, 4 shots",
+    ]  # fmt: skip
+    others = [one for one in known.correlations if one.role == "other" and one.kind == "pearson"]
+    assert len(others) == 4, "six pairs of four settings, less the question and its control"
+
+
+def test_degraded_models_make_part_of_the_correlation(known: Findings):
+    (whole,), (intact,) = asked(known), asked(known, models="not degraded")
+    assert intact.num_points == 24
+    assert intact.value < whole.value
+    (tagged,), (others,) = (
+        asked(known, models="tuned_already"),
+        asked(known, models="not tuned_already"),
+    )
+    assert tagged.num_points + others.num_points == 32
+    comparison = {one.models: one for one in known.comparisons}
+    assert set(comparison) == {"all", "not degraded"}
+    assert sum(point.degraded is not None for point in comparison["all"].points) == 8
+    assert len(comparison["not degraded"].points) == 24
+
+
+def test_findings_are_the_same_again_and_do_not_see_the_order_of_rows():
+    items = made_items(12, 5, 6, families=4)
+    first = findings(items, DOMAINS)
+    assert first == findings(items, DOMAINS)
+    shuffled = findings(items.sample(frac=1.0, random_state=0), DOMAINS)
+    (one,), (other,) = asked(first), asked(shuffled)
+    assert one.value == pytest.approx(other.value, abs=1e-12)
+
+
+def test_where_nothing_goes_together_the_interval_says_so():
+    made = (made_items(30, 2, 8, families=10, slope=0.0, own=1.0, seed=seed) for seed in range(8))
+    ends = [question(items, "spearman")["ci95"] for items in made]
+    assert sum(low <= 0.0 <= high for low, high in ends) >= 7
+
+
+def test_noise_of_few_items_is_taken_out():
+    """Abilities correlate at .8 / sqrt(.64 + .09) = .936; with 16 answers each they seem not to."""
+    raw: list[float] = []
+    clean: list[float] = []
+    for seed in range(6):
+        made = made_items(60, 4, 4, families=20, draws=1, seed=seed)
+        one = question(made, "pearson")
+        assert all(0.3 < value < 0.95 for value in one["reliabilities"])
+        raw.append(one["value"])
+        clean.append(one["without_noise"].value)
+    assert np.mean(raw) < 0.8
+    assert np.mean(clean) == pytest.approx(0.936, abs=0.06)
+
+
+def test_items_that_are_hard_for_all_are_no_noise():
+    ability, ease = np.array([0.1, 0.5, 0.7])[:, None], np.array([0.0, 0.1, 0.2, 0.3])
+    assert _noise(ability + ease) == pytest.approx(0.0, abs=1e-15)
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(7, 9))
+    left = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+    mean_square = (left**2).sum() / (6 * 8)  # the residual of a two-way table
+    assert _noise(table).mean() == pytest.approx(mean_square / 9)
+
+
+def test_few_models_are_refused_by_name():
+    found = findings(made_items(4, 5, 4, families=4), DOMAINS)
+    assert found is not None
+    assert found.correlations == []
+    assert any(
+        "tuned direct against base gold, 4 shots" in note
+        and "a correlation over 4 models says nothing; at least 5 are needed" in note
+        for note in found.notes
+    )
+    two = findings(made_items(12, 5, 4, families=2), DOMAINS)
+    assert two is not None
+    assert two.correlations == []
+    assert any("2 families; at least 3" in note for note in two.notes)
+    assert two.comparisons[0].mixed is None
+    assert two.comparisons[0].bound is None
+    assert two.comparisons[0].shares == []
+
+
+def test_too_few_draws_for_the_bound_are_named(known: Findings):
+    found = findings(made_items(12, 5, 6, families=4, draws=2), DOMAINS)
+    assert found is not None
+    assert found.comparisons[0].bound is None
+    assert any("needs 3 draws" in note for note in found.notes)
+    over = known.comparisons[0].bound
+    assert over is not None
+    assert (over.num_draws, over.num_models, over.num_items) == (2, 32, 72)
+    assert over.excess.value == pytest.approx(over.beyond.value - over.control.value)
+
+
+def test_what_explains_the_tuned_score_is_its_base(known: Findings):
+    shares = {one.cause: one for one in known.comparisons[0].shares}
+    assert set(shares) == {"base few-shot score", "size (log parameters)", "recipe", "unexplained"}
+    assert sum(one.value for one in shares.values()) == pytest.approx(1.0)
+    assert shares["base few-shot score"].value > 0.6
+    assert any("tuning data is the same for all" in note for note in known.notes)
+
+
+def test_tasks_tuned_for_are_told_apart():
+    items = made_items(12, 5, 6, families=4)
+    items.loc[(items["stage"] == "tuned") & (items["task"] == "task-03"), "is_target"] = True
+    found = findings(items, DOMAINS)
+    assert [one.num_tasks for one in asked(found, tasks="tuned for")] == [1]
+    assert [one.num_tasks for one in asked(found, tasks="not tuned for")] == [4]
+
+
+def test_models_that_write_their_own_examples_stand_apart():
+    items = made_items(16, 5, 6, families=4)
+    writers = items[(items["stage"] == "tuned") & (items["setting"] == "direct")].copy()
+    writers["recipe"], writers["setting"] = "writes", "samplegen"
+    also_direct = writers.assign(setting="direct")
+    found = findings(pd.concat([items, writers, also_direct], ignore_index=True), DOMAINS)
+    assert found is not None
+    assert {"samplegen", "tuned to write examples direct"} <= set(found.settings)
+    assert asked(found)[0].num_points == 16, "they are none of the tuned models of the question"
+    row = next(
+        one for one in found.correlations
+        if (one.first, one.second, one.kind) == ("base gold, 4 shots", "samplegen", "pearson")
+    )  # fmt: skip
+    assert row.value == pytest.approx(asked(found, kind="pearson")[0].value), "the same answers"
+    both = [
+        one
+        for one in found.correlations
+        if {one.first, one.second} == {"tuned direct", "samplegen"}
+    ]
+    assert {one.num_points for one in both} == {16}, "joined by their base"
+
+
+def test_a_study_without_the_question_says_so():
+    items = made_items(12, 5, 6, families=4)
+    assert findings(items[items["stage"] == "base"], {}) is None
+    gold = findings(items[items["setting"] == "gold"], {})
+    assert gold is not None
+    assert gold.notes == [NO_PAIRS]
+    assert {one.role for one in gold.correlations} == {"other"}
+
+
+def test_settings_are_paired_within_an_ask_where_one_has_both():
+    plain = [
+        Condition("base", "plain", "gold", 4), Condition("base", "plain", "direct", 0),
+        Condition("tuned", "plain", "direct", 0), Condition("base", "flipped", "gold", 4),
+    ]  # fmt: skip
+    roles = {(p.first.ask, p.first.setting, p.second.of): p.role for p in pairs_of(plain)}
+    assert roles["plain", "gold", "tuned"] == "question"
+    assert roles["plain", "direct", "tuned"] == "control"
+    assert roles["flipped", "gold", "tuned"] == "other"
+    apart = [Condition("base", "few", "gold", 4), Condition("tuned", "target", "direct", 0)]
+    assert [pair.role for pair in pairs_of(apart)] == ["question"]
+
+
+def test_a_task_that_some_were_not_asked_is_left_out():
+    items = made_items(12, 5, 6, families=4)
+    missing = (items["model"] == "model-003") & (items["task"] == "task-02")
+    one = cohort(items[~missing])
+    assert one is not None
+    pair = next(p for p in pairs_of(list(one.asked)) if p.role == "question")
+    joined = one.pair(pair.first, pair.second)
+    assert joined is not None
+    assert "task-02" not in joined.tasks
+    assert joined.first_PT.shape == (12, 4)
+
+
+def test_a_mean_over_families_of_one_is_the_plain_interval():
+    values = np.random.default_rng(0).normal(size=12)
+    found = clustered_mean(values, range(12))
+    reach = 2.200985 * values.std(ddof=1) / np.sqrt(12)  # Student's t, 11 degrees of freedom
+    assert found.ci95 == pytest.approx((values.mean() - reach, values.mean() + reach), rel=1e-6)
+    alike = clustered_mean(np.repeat(values, 3), [n // 3 for n in range(36)])
+    assert alike.ci95 == pytest.approx(found.ci95), "repeating models tells nothing new"
+    with pytest.raises(StudyError, match="2 families; at least 3"):
+        clustered_mean(values, [0, 1] * 6)
+
+
+def test_shares_need_families_and_few_give_wide_intervals():
+    rng = np.random.default_rng(0)
+    cause, noise = rng.normal(size=(2, 60))
+    y = cause + noise
+    with pytest.raises(StudyError, match="2 families"):
+        attribute(y, {"a": cause}, [n % 2 for n in range(60)], rng)
+    few = attribute(y, {"a": cause}, [n // 20 for n in range(60)], np.random.default_rng(1))["a"]
+    many = attribute(y, {"a": cause}, range(60), np.random.default_rng(1))["a"]
+    assert few.high - few.low > many.high - many.low
+    assert 0.0 <= few.low <= few.value <= few.high <= 1.0
+
+
+def test_the_bound_resamples_items_whatever_they_have_in_common():
+    """Its interval against the plain bootstrap over items."""
+    rng = np.random.default_rng(0)
+    base, tuned = rng.random((3, 300)) < 0.4, rng.random((2, 300)) < 0.5
+    found = bound(tuned.astype(float), base.astype(float), np.random.default_rng(1))
+    left = np.array([np.delete(base, k, axis=0).any(axis=0) for k in range(3)])
+    beyond = np.mean([tuned.mean(0) * ~solved for solved in left], axis=0)
+    assert found.beyond.value == pytest.approx(beyond.mean())
+    again = beyond[np.random.default_rng(2).integers(0, 300, (4000, 300))].mean(axis=1)
+    assert found.beyond.ci95 == pytest.approx(np.quantile(again, [0.025, 0.975]), abs=0.006)
+
+
+def test_arms_that_are_resampled_together_get_what_each_gets_alone():
+    rng = np.random.default_rng(0)
+    arms = [[(rng.random((2, n)) < 0.6).astype(float) for n in (7, 11)] for _ in range(3)]
+    together = stats.resampled_over_tasks(arms, np.random.default_rng(4))
+    for arm, (value, resampled) in zip(arms, together, strict=True):
+        alone = stats.mean_over_tasks(arm, np.random.default_rng(4))
+        assert stats.percentiles(value, resampled).ci95 == pytest.approx(alone.ci95, abs=1e-12)
+    kept = stats.kept(together[0], together[1], 0.2)
+    paired = stats.retention(arms[0], arms[1], [0.2, 0.2], np.random.default_rng(4))
+    assert kept is not None
+    assert paired is not None
+    assert stats.percentiles(*kept).ci95 == pytest.approx(paired.ci95)
