@@ -20,7 +20,7 @@ from keepshot.errors import OutputError, StudyError, TaskError
 from keepshot.records import read_items
 from keepshot.study.directory import StudyDirectory, UnitRecord
 from keepshot.study.grid import Unit
-from keepshot.study.runner import Outcome, failures, tally, work
+from keepshot.study.runner import Outcome, Terms, failures, tally, work
 from study_work import Watched, opened, performing, row_of
 
 PROGRAM = Path(study_work.__file__)
@@ -69,7 +69,13 @@ def test_all_units_are_done_once_and_models_deleted(tmp_path: Path) -> None:
 
 def test_models_stay_where_they_are_kept(tmp_path: Path) -> None:
     grid, directory = opened(tmp_path / "s")
-    work(grid, directory, performing(directory, tmp_path / "log", 0.0), Watched(), keep_models=True)
+    work(
+        grid,
+        directory,
+        performing(directory, tmp_path / "log", 0.0),
+        Watched(),
+        Terms(keep_models=True),
+    )
     assert len(list((tmp_path / "s" / "models").iterdir())) == 6
 
 
@@ -138,7 +144,7 @@ def test_a_full_disk_stops_the_runner(tmp_path: Path) -> None:
 def test_no_unit_is_begun_after_the_limit(tmp_path: Path) -> None:
     grid, directory = opened(tmp_path / "s")
     perform = performing(directory, tmp_path / "log", 0.02)
-    found = work(grid, directory, perform, Watched(), limit_seconds=0.1)
+    found = work(grid, directory, perform, Watched(), Terms(limit_seconds=0.1))
     assert 1 <= found.done < 24
     assert found.left == 24 - found.done
     assert work(grid, directory, perform, Watched()).done == 24

@@ -15,6 +15,7 @@ from keepshot.assets import AssetStore, sha256_of
 from keepshot.errors import ConfigError, ModelError, StudyError
 from keepshot.jobs.cluster import Cluster, processors, shared_out
 from keepshot.jobs.loading import freeing_fast
+from keepshot.jobs.study_apart import Unwatched, apart
 from keepshot.jobs.study_following import rows_of, set_contents
 from keepshot.jobs.study_worker import Worker
 from keepshot.jobs.workspace import environment
@@ -23,13 +24,12 @@ from keepshot.models.identity import file_sha256
 from keepshot.models.loading import identify
 from keepshot.models.reference import Embedded, GGUFFile, HubModel, converted_path, parse_reference
 from keepshot.outputs import write_text
-from keepshot.progress import Silent
 from keepshot.records import write_instructions
 from keepshot.study.directory import StudyDirectory
 from keepshot.study.document import RECORD, StudyDocument
 from keepshot.study.frame import Frame, arms, item_frame, score_frame, write_frames
 from keepshot.study.grid import Grid, check_size, expand, names_in
-from keepshot.study.runner import Tally, Watch, failures, tally, work
+from keepshot.study.runner import Tally, Terms, Watch, failures, tally, work
 from keepshot.study.spec import StudySpec, check_patterns
 from keepshot.study.tables import markdown
 from keepshot.tasks.catalog import CATALOG, is_path
@@ -86,10 +86,7 @@ def study(
     limit = None if running.limit_minutes is None else 60.0 * running.limit_minutes
     if running.engine == "local":
         with freeing_fast():
-            work(
-                grid, directory, worker.perform, watch,
-                limit_seconds=limit, keep_models=spec.keep_models,
-            )  # fmt: skip
+            work(grid, directory, worker.perform, watch, _terms(worker, limit))
     else:
         _work_apart(worker, grid, running, limit)
     watch.stage("writing the frame and the report")
@@ -194,13 +191,6 @@ def document_of(
 # -- Ray ---------------------------------------------------------------------------------------
 
 
-class _Unwatched(Silent):
-    """What a worker of Ray tells nobody."""
-
-    def tally(self, tally: Tally) -> None:
-        """Ignore."""
-
-
 @dataclass(frozen=True)
 class _Share:
     """What a worker of Ray needs to join in."""
@@ -214,14 +204,15 @@ class _Share:
 
 def _work_in_worker(share: _Share) -> None:
     """Be one more runner on the study's directory; its claims keep the others away."""
-    worker = Worker(share.spec, share.store, StudyDirectory(share.out_dir), _Unwatched())
+    worker = Worker(share.spec, share.store, StudyDirectory(share.out_dir), Unwatched())
     grid = grid_of(share.spec, share.store)
     limit = None if share.deadline is None else share.deadline - time.time()
     with freeing_fast():
-        work(
-            grid, worker.directory, worker.perform, _Unwatched(),
-            limit_seconds=limit, keep_models=share.spec.keep_models,
-        )  # fmt: skip
+        work(grid, worker.directory, worker.perform, Unwatched(), _terms(worker, limit))
+
+
+def _terms(worker: Worker, limit_seconds: float | None) -> Terms:
+    return Terms(limit_seconds, worker.spec.keep_models, apart(worker))
 
 
 def _work_apart(worker: Worker, grid: Grid, running: Running, limit: float | None) -> None:
