@@ -173,19 +173,21 @@ def start(place: Path, log: Path) -> subprocess.Popen[str]:
 
 
 def kill_and_finish(tmp_path: Path, kills: int, seed: int) -> None:
-    """Kill runners at random points, each time beside another; then let one finish."""
+    """Kill runners at random points, one after the other; then let one finish."""
     place, log = tmp_path / "s", tmp_path / "log"
     random_ = random.Random(seed)
     log.touch()
     for _ in range(kills):
+        lines = len(log.read_text("utf-8").splitlines()) + random_.randint(0, 3)
         runner = start(place, log)
-        time.sleep(random_.uniform(0.0, 0.15))
+        while len(log.read_text("utf-8").splitlines()) < lines and runner.poll() is None:
+            time.sleep(0.001)
+        time.sleep(random_.uniform(0.0, 0.03))
         runner.send_signal(signal.SIGKILL)
-        runner.wait()
-        if len(list((place / "units").glob("*.json"))) == 24:
-            break
+        assert runner.wait() == -signal.SIGKILL, "it was killed while there was work"
     grid, directory = opened(place)
     survived = {p: p.read_bytes() for p in (place / "units").glob("*.json")}
+    assert 0 < len(survived) < 24
     work(grid, directory, performing(directory, log, 0.0), Watched())
     check_results(place)
     assert all(path.read_bytes() == content for path, content in survived.items())
@@ -194,13 +196,13 @@ def kill_and_finish(tmp_path: Path, kills: int, seed: int) -> None:
     assert repeated <= kills
 
 
-def test_killed_runners_lose_and_repeat_nothing(tmp_path: Path) -> None:
-    kill_and_finish(tmp_path, kills=3, seed=1)
+def test_killed_ten_times_runners_lose_and_repeat_nothing(tmp_path: Path) -> None:
+    kill_and_finish(tmp_path, kills=10, seed=1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_ten_times_runners_lose_and_repeat_nothing(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("seed", range(2, 5))
+def test_the_same_at_other_points(tmp_path: Path, seed: int) -> None:
     kill_and_finish(tmp_path, kills=10, seed=seed)
 
 
