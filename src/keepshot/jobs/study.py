@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from contextlib import closing, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -25,6 +25,7 @@ from keepshot.models.loading import identify
 from keepshot.models.reference import Embedded, GGUFFile, HubModel, converted_path, parse_reference
 from keepshot.outputs import write_text
 from keepshot.records import write_instructions
+from keepshot.study.costs import overhead_of
 from keepshot.study.directory import StudyDirectory
 from keepshot.study.document import RECORD, StudyDocument
 from keepshot.study.frame import Frame, arms, item_frame, score_frame, write_frames
@@ -146,7 +147,9 @@ def status_of(spec: StudySpec, store: AssetStore, out_dir: Path) -> tuple[Tally,
     """
     directory = opened(spec, out_dir)
     grid = grid_of(spec, store)
-    return tally(grid, directory), document_of(spec, grid, directory)[0]
+    overhead = overhead_of(directory.records(grid.units).values())
+    far = replace(tally(grid, directory), overhead=overhead)
+    return far, document_of(spec, grid, directory)[0]
 
 
 def finish(spec: StudySpec, grid: Grid, directory: StudyDirectory) -> StudyDocument:

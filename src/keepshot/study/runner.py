@@ -20,6 +20,7 @@ from keepshot.errors import UserError, is_full_disk
 from keepshot.progress import Progress
 from keepshot.records import InstructionRow, ItemResult, ModelRecord, TrainingRecord
 from keepshot.study.attempts import FaultApartError, ProcessDiedError
+from keepshot.study.costs import Overhead
 from keepshot.study.directory import Claimed, StudyDirectory, UnitRecord
 from keepshot.study.grid import Grid, Unit
 
@@ -77,6 +78,8 @@ class Tally:
     """Labels of the units that some runner is at."""
     seconds_left: float | None
     """At the pace of what is recorded, shared among the runners; None where nothing is."""
+    overhead: Overhead | None = None
+    """Of the units that are done, where it was asked for."""
 
     @property
     def left(self) -> int:
