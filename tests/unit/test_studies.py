@@ -16,7 +16,7 @@ from keepshot.jobs.target import load_target
 from keepshot.models.loading import LanguageModel, save
 from keepshot.study.grid import check_size, expand, tasks_of
 from keepshot.study.spec import StudySpec
-from keepshot.tasks.catalog import SUITES, TUNABLE
+from keepshot.tasks.catalog import SUITES, TUNABLE, is_path
 from keepshot.tuning.keep import TERMS
 from keepshot.tuning.method_specs import METHODS
 from keepshot.tuning.recipe import auto
@@ -50,10 +50,13 @@ def test_partial_adaptation_chooses_on_other_items_than_it_reports() -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_targets_are_not_among_what_stands_for_few_shot_ability(name: str) -> None:
     spec = shipped(name)
-    asked = {task for ask in spec.asks.values() for task in ask.tasks} - {"target", "core"}
+    asked = {task for ask in spec.asks.values() for task in ask.tasks} - {"target", "core", "full"}
     assert asked <= {*SUITES["full"], "composed"}
     assert not set(spec.targets) & {*asked, *SUITES["composed"]}
-    assert set(spec.targets) <= set(TUNABLE)
+    if name == "keep-real.yaml":
+        assert all(is_path(target) for target in spec.targets)
+    else:
+        assert set(spec.targets) <= set(TUNABLE)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -69,6 +72,7 @@ def test_shipped_studies_expand_within_the_limit(name: str, store: AssetStore) -
         "convergence-small.yaml": (140, 53 + 140),
         "keep.yaml": (61, 124),
         "keep-auto.yaml": (32, 6 + 96),
+        "keep-real.yaml": (96, 3 + 288),
         "promot.yaml": (16, 2 + 32),
         "partial_adaptation.yaml": (108, 8 + 432 + 432),
     }
@@ -100,8 +104,9 @@ def test_the_study_of_small_models_has_the_promised_sizes() -> None:
     assert len(asked) == 24
 
 
-def test_auto_is_studied_as_it_is() -> None:
-    recipe = shipped("keep-auto.yaml").recipes["auto"]
+@pytest.mark.parametrize("name", ["keep-auto.yaml", "keep-real.yaml"])
+def test_auto_is_studied_as_it_is(name: str) -> None:
+    recipe = shipped(name).recipes["auto"]
     default = auto("-", model=recipe.model)
     assert recipe == default
 
