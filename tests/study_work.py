@@ -1,8 +1,9 @@
 """A study whose units take a moment and need no model; run as a program, it is one runner of it.
 
-    python tests/study_work.py DIRECTORY LOG
+    python tests/study_work.py DIRECTORY LOG [UNIT SIGNAL]
 
-Every unit is noted in LOG when it begins and when it ends, by the process that does it.
+Every unit is noted in LOG when it begins and when it ends, by the process that does it. UNIT sends
+SIGNAL (a number; 0 sleeps) to its own process each time it is done.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from keepshot.jobs.apart import done_apart
 from keepshot.progress import Silent
 from keepshot.records import ItemResult
 from keepshot.study.directory import StudyDirectory
 from keepshot.study.grid import Grid, Unit, expand
-from keepshot.study.runner import Outcome, Tally, work
+from keepshot.study.runner import Outcome, Perform, Tally, Terms, work
 from keepshot.study.spec import StudySpec
 
 SECONDS = 0.02
@@ -82,6 +86,41 @@ def performing(directory: StudyDirectory, log: Path, seconds: float = SECONDS):
     return perform
 
 
+@dataclass(frozen=True)
+class Deadly:
+    """Units that end their process, by the number of the signal."""
+
+    directory: Path
+    log: Path
+    signals: dict[str, int]
+    unit: Unit | None = None
+
+
+def deadly_perform(job: Deadly) -> Callable[[Unit], Outcome]:
+    """Do units as `performing` does, but for those that kill."""
+    plain = performing(StudyDirectory(job.directory), job.log, 0.0)
+
+    def perform(unit: Unit) -> Outcome:
+        found = plain(unit)
+        if unit.id in job.signals:
+            os.kill(os.getpid(), job.signals[unit.id])
+            time.sleep(60)  # after a signal of 0, which does nothing
+        return found
+
+    return perform
+
+
+def deadly_in_child(job: Deadly) -> Outcome:
+    assert job.unit is not None
+    found = deadly_perform(job)(job.unit)
+    return replace(found, processor_seconds=7.0, peak_bytes=12345)
+
+
+def deadly_apart(job: Deadly) -> Perform:
+    """The same in a process of its own."""
+    return lambda unit: done_apart(deadly_in_child, replace(job, unit=unit))
+
+
 def opened(path: Path) -> tuple[Grid, StudyDirectory]:
     """The grid, and its directory ready to be worked on."""
     spec = moment_spec()
@@ -93,4 +132,9 @@ def opened(path: Path) -> tuple[Grid, StudyDirectory]:
 if __name__ == "__main__":
     grid, directory = opened(Path(sys.argv[1]))
     print("ready", flush=True)
-    work(grid, directory, performing(directory, Path(sys.argv[2])), Watched())
+    if len(sys.argv) > 3:
+        deadly = Deadly(directory.path, Path(sys.argv[2]), {sys.argv[3]: int(sys.argv[4])})
+        terms = Terms(apart=deadly_apart(deadly))
+        work(grid, directory, deadly_perform(deadly), Watched(), terms)
+    else:
+        work(grid, directory, performing(directory, Path(sys.argv[2])), Watched())

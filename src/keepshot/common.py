@@ -89,6 +89,7 @@ def show_status(tally: Any, document: Any, as_json: bool) -> None:
     """Print how far a study is."""
     if as_json:
         return print_json({"running": list(tally.running), "seconds_left": tally.seconds_left,
+                           "overhead": tally.overhead and tally.overhead.share,
                            **document.model_dump(mode="json", by_alias=True)})  # fmt: skip
     from keepshot.shown import show_study as show_document
     from keepshot.shown import show_tally

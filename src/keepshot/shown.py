@@ -127,5 +127,7 @@ def show_tally(tally: Tally) -> None:
         f"{len(tally.running)} running, {tally.left} left{time_left}",
         highlight=False,
     )
+    if tally.overhead is not None:
+        console.print(tally.overhead.words, highlight=False)
     for label in tally.running:
         console.print(f"  running: {escape(label)}", highlight=False, soft_wrap=True)

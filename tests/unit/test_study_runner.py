@@ -20,7 +20,7 @@ from keepshot.errors import OutputError, StudyError, TaskError
 from keepshot.records import read_items
 from keepshot.study.directory import StudyDirectory, UnitRecord
 from keepshot.study.grid import Unit
-from keepshot.study.runner import Outcome, failures, tally, work
+from keepshot.study.runner import Outcome, Terms, failures, tally, work
 from study_work import Watched, opened, performing, row_of
 
 PROGRAM = Path(study_work.__file__)
@@ -69,7 +69,13 @@ def test_all_units_are_done_once_and_models_deleted(tmp_path: Path) -> None:
 
 def test_models_stay_where_they_are_kept(tmp_path: Path) -> None:
     grid, directory = opened(tmp_path / "s")
-    work(grid, directory, performing(directory, tmp_path / "log", 0.0), Watched(), keep_models=True)
+    work(
+        grid,
+        directory,
+        performing(directory, tmp_path / "log", 0.0),
+        Watched(),
+        Terms(keep_models=True),
+    )
     assert len(list((tmp_path / "s" / "models").iterdir())) == 6
 
 
@@ -138,7 +144,7 @@ def test_a_full_disk_stops_the_runner(tmp_path: Path) -> None:
 def test_no_unit_is_begun_after_the_limit(tmp_path: Path) -> None:
     grid, directory = opened(tmp_path / "s")
     perform = performing(directory, tmp_path / "log", 0.02)
-    found = work(grid, directory, perform, Watched(), limit_seconds=0.1)
+    found = work(grid, directory, perform, Watched(), Terms(limit_seconds=0.1))
     assert 1 <= found.done < 24
     assert found.left == 24 - found.done
     assert work(grid, directory, perform, Watched()).done == 24
@@ -167,19 +173,21 @@ def start(place: Path, log: Path) -> subprocess.Popen[str]:
 
 
 def kill_and_finish(tmp_path: Path, kills: int, seed: int) -> None:
-    """Kill runners at random points, each time beside another; then let one finish."""
+    """Kill runners at random points, one after the other; then let one finish."""
     place, log = tmp_path / "s", tmp_path / "log"
     random_ = random.Random(seed)
     log.touch()
     for _ in range(kills):
+        lines = len(log.read_text("utf-8").splitlines()) + random_.randint(0, 3)
         runner = start(place, log)
-        time.sleep(random_.uniform(0.0, 0.15))
+        while len(log.read_text("utf-8").splitlines()) < lines and runner.poll() is None:
+            time.sleep(0.001)
+        time.sleep(random_.uniform(0.0, 0.03))
         runner.send_signal(signal.SIGKILL)
-        runner.wait()
-        if len(list((place / "units").glob("*.json"))) == 24:
-            break
+        assert runner.wait() == -signal.SIGKILL, "it was killed while there was work"
     grid, directory = opened(place)
     survived = {p: p.read_bytes() for p in (place / "units").glob("*.json")}
+    assert 0 < len(survived) < 24
     work(grid, directory, performing(directory, log, 0.0), Watched())
     check_results(place)
     assert all(path.read_bytes() == content for path, content in survived.items())
@@ -188,13 +196,13 @@ def kill_and_finish(tmp_path: Path, kills: int, seed: int) -> None:
     assert repeated <= kills
 
 
-def test_killed_runners_lose_and_repeat_nothing(tmp_path: Path) -> None:
-    kill_and_finish(tmp_path, kills=3, seed=1)
+def test_killed_ten_times_runners_lose_and_repeat_nothing(tmp_path: Path) -> None:
+    kill_and_finish(tmp_path, kills=10, seed=1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_ten_times_runners_lose_and_repeat_nothing(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("seed", range(2, 5))
+def test_the_same_at_other_points(tmp_path: Path, seed: int) -> None:
     kill_and_finish(tmp_path, kills=10, seed=seed)
 
 

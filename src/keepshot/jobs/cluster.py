@@ -118,8 +118,7 @@ def _join(ray: Any, cluster: Cluster, workers: int, scratch: str) -> None:
     absent = f"no Ray cluster at {cluster.address!r}"
     host, _, port = cluster.address.rpartition(":")
     try:
-        # Ray itself waits for minutes.
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        _greet(host, int(port))
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -127,6 +126,25 @@ def _join(ray: Any, cluster: Cluster, workers: int, scratch: str) -> None:
             f"{absent} ({reason});\nstart one with `ray start --head`, give its HOST:PORT, or "
             "use --engine ray, which starts one on this machine"
         ) from None
+
+
+def _greet(host: str, port: int) -> None:
+    """See that what listens there speaks as Ray does (HTTP/2): Ray itself would wait for minutes.
+
+    Raises:
+        OSError: if nothing listens, it says nothing, or it is a web server of another kind. What
+            hangs up is left to Ray, since a cluster with TLS does.
+    """
+    with socket.create_connection((host, port), timeout=CONNECT_SECONDS) as line:
+        line.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+        try:
+            answer = line.recv(16)
+        except TimeoutError:
+            raise OSError("what listens there does not answer") from None
+        except ConnectionError:
+            return
+    if answer.startswith(b"HTTP/1"):
+        raise OSError("what listens there is a web server")
 
 
 def processors() -> int:

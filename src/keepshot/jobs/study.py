@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from contextlib import closing, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -15,6 +15,7 @@ from keepshot.assets import AssetStore, sha256_of
 from keepshot.errors import ConfigError, ModelError, StudyError
 from keepshot.jobs.cluster import Cluster, processors, shared_out
 from keepshot.jobs.loading import freeing_fast
+from keepshot.jobs.study_apart import Unwatched, apart
 from keepshot.jobs.study_following import rows_of, set_contents
 from keepshot.jobs.study_worker import Worker
 from keepshot.jobs.workspace import environment
@@ -23,16 +24,16 @@ from keepshot.models.identity import file_sha256
 from keepshot.models.loading import identify
 from keepshot.models.reference import Embedded, GGUFFile, HubModel, converted_path, parse_reference
 from keepshot.outputs import write_text
-from keepshot.progress import Silent
 from keepshot.records import write_instructions
 from keepshot.report.study import write_study_report
 from keepshot.study.arms import arms
+from keepshot.study.costs import overhead_of
 from keepshot.study.directory import StudyDirectory
 from keepshot.study.document import RECORD, StudyDocument
 from keepshot.study.findings import findings
 from keepshot.study.frame import Frame, item_frame, score_frame, write_frames
 from keepshot.study.grid import Grid, check_size, expand, names_in
-from keepshot.study.runner import Tally, Watch, failures, tally, work
+from keepshot.study.runner import Tally, Terms, Watch, failures, tally, work
 from keepshot.study.spec import StudySpec, check_patterns
 from keepshot.study.tables import markdown
 from keepshot.tasks.catalog import CATALOG, is_path
@@ -89,10 +90,7 @@ def study(
     limit = None if running.limit_minutes is None else 60.0 * running.limit_minutes
     if running.engine == "local":
         with freeing_fast():
-            work(
-                grid, directory, worker.perform, watch,
-                limit_seconds=limit, keep_models=spec.keep_models,
-            )  # fmt: skip
+            work(grid, directory, worker.perform, watch, _terms(worker, limit))
     else:
         _work_apart(worker, grid, running, limit)
     watch.stage("writing the frame and the report")
@@ -151,7 +149,9 @@ def status_of(spec: StudySpec, store: AssetStore, out_dir: Path) -> tuple[Tally,
     """
     directory = opened(spec, out_dir)
     grid = grid_of(spec, store)
-    return tally(grid, directory), document_of(spec, grid, directory)[0]
+    overhead = overhead_of(directory.records(grid.units).values())
+    far = replace(tally(grid, directory), overhead=overhead)
+    return far, document_of(spec, grid, directory)[0]
 
 
 def finish(spec: StudySpec, grid: Grid, directory: StudyDirectory) -> StudyDocument:
@@ -198,13 +198,6 @@ def document_of(
 # -- Ray ---------------------------------------------------------------------------------------
 
 
-class _Unwatched(Silent):
-    """What a worker of Ray tells nobody."""
-
-    def tally(self, tally: Tally) -> None:
-        """Ignore."""
-
-
 @dataclass(frozen=True)
 class _Share:
     """What a worker of Ray needs to join in."""
@@ -218,14 +211,15 @@ class _Share:
 
 def _work_in_worker(share: _Share) -> None:
     """Be one more runner on the study's directory; its claims keep the others away."""
-    worker = Worker(share.spec, share.store, StudyDirectory(share.out_dir), _Unwatched())
+    worker = Worker(share.spec, share.store, StudyDirectory(share.out_dir), Unwatched())
     grid = grid_of(share.spec, share.store)
     limit = None if share.deadline is None else share.deadline - time.time()
     with freeing_fast():
-        work(
-            grid, worker.directory, worker.perform, _Unwatched(),
-            limit_seconds=limit, keep_models=share.spec.keep_models,
-        )  # fmt: skip
+        work(grid, worker.directory, worker.perform, Unwatched(), _terms(worker, limit))
+
+
+def _terms(worker: Worker, limit_seconds: float | None) -> Terms:
+    return Terms(limit_seconds, worker.spec.keep_models, apart(worker))
 
 
 def _work_apart(worker: Worker, grid: Grid, running: Running, limit: float | None) -> None:

@@ -6,45 +6,55 @@ are alike; where none is, a moment of each model's own work is timed.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
 from keepshot.assets import AssetStore
 from keepshot.errors import UserError
 from keepshot.jobs.study import grid_of, opened
+from keepshot.jobs.study_trials import (
+    Amount,
+    Pace,
+    Rates,
+    time_asking,
+    time_training,
+    time_tuning,
+)
 from keepshot.jobs.study_worker import Worker, tokens_read
 from keepshot.jobs.study_writing import num_tokens
 from keepshot.models.loading import DTYPES, LanguageModel, outline
 from keepshot.models.made import FromScratch
-from keepshot.progress import Silent
 from keepshot.report.words import duration
-from keepshot.scoring.engine import Engine
-from keepshot.scoring.evaluate import Plan, ask, measure
+from keepshot.scoring.evaluate import Plan, ask
 from keepshot.scoring.prefix import build_trie
 from keepshot.scoring.request import tokens_to_read
+from keepshot.study.costs import Recorded, recorded
 from keepshot.study.directory import StudyDirectory, UnitRecord
-from keepshot.study.grid import MOST_UNITS, Unit, tasks_of
+from keepshot.study.grid import MOST_UNITS, Grid, Unit, tasks_of
 from keepshot.study.runner import Watch
 from keepshot.study.spec import StudiedModel, StudySpec
-from keepshot.tuning.from_scratch import lists_of_examples, train_from_scratch, untrained
+from keepshot.tuning.from_scratch import lists_of_examples, untrained
 from keepshot.tuning.keep import KL, FewShot
 from keepshot.tuning.method_specs import Full, ProMoT, prompt_tokens
 from keepshot.tuning.mixture import branch
-from keepshot.tuning.train import Extra, tokenise, train
+from keepshot.tuning.train import tokenise
 
-CALIBRATION_TASKS, CALIBRATION_ITEMS, CALIBRATION_STEPS = 3, 4, 3
 ADAPTING = ("lora", "dora", "rslora", "prompt-tuning")
 """Methods that leave the model's own weights as they are."""
 DEGRADING_LOADS = 4.0
 """How much longer than loading a model it takes to load, harm, write and digest it."""
 SHORT_RUNS = 3
 """Of the search for a learning rate, as a rule."""
+ACTIVATIONS, LOGITS = 16, 3
+"""Values that a step of training holds for a token: in a block, as multiples of its width, and
+after the head, as multiples of the vocabulary. On SmolLM2 in float32, with 159, 317 and 945
+tokens a step, this gives 4.2, 4.5 and 5.5 GB, and the peaks measured are 4.2, 4.4 and 5.5 GB."""
 PROCESS_BYTES = 700_000_000
 """Of Python with torch, transformers and one forward pass, besides weights; measured on Linux."""
 
@@ -63,6 +73,10 @@ class Work:
     """Of one unit."""
     source: str
     """Where the seconds are from: `recorded`, `calibrated`, or why there are none."""
+    kind: str = "measure"
+    calibrated: Pace | None = None
+    """What a moment's trial says of one unit, where some are recorded too."""
+    recorded: Recorded | None = None
 
     @property
     def left(self) -> int:
@@ -116,12 +130,35 @@ class StudyPlan:
         ]
         if units > MOST_UNITS:
             lines.append(f"more than {MOST_UNITS:,} units: starting it needs --yes")
+        return [*lines, *self.beside_records()]
+
+    def beside_records(self) -> list[str]:
+        """Return how the plan compares with what is recorded, kind by kind, in words."""
+        lines: list[str] = []
+        for kind in ("make", "tune", "measure"):
+            alike = [w for w in self.work if w.kind == kind and w.recorded and w.tokens]
+            timed = [w for w in alike if w.calibrated is not None]
+            if not alike:
+                continue
+            units = sum(w.recorded.units for w in alike if w.recorded)
+            tokens = sum((w.tokens or 0) * w.recorded.units for w in alike if w.recorded)
+            read = sum(w.recorded.tokens * w.recorded.units for w in alike if w.recorded)
+            words = (
+                f"{kind}: planned / recorded of {units} units: tokens {tokens / max(1, read):.2f}"
+            )
+            lines.append(words + (f", {_times_beside(timed)}" if timed else ""))
+        peaks = [w.recorded.peak_bytes or 0 for w in self.work if w.recorded]
+        if any(peaks):
+            lines.append(
+                f"memory: planned {self.memory_bytes / 1e9:.1f} GB for the largest unit, recorded "
+                f"at most {max(peaks) / 1e9:.1f} GB"
+            )
         return lines
 
     def as_dict(self) -> dict[str, object]:
         """Return all of it for `--json`."""
         return {
-            "work": [{**w.__dict__, "left": w.left} for w in self.work],
+            "work": [{**asdict(w), "left": w.left} for w in self.work],
             "seconds_left": self.seconds_left,
             "memory_bytes": self.memory_bytes,
             "disk_bytes": self.disk_bytes,
@@ -154,7 +191,7 @@ def plan_study(
     groups: dict[tuple[str, str], list[Unit]] = {}
     for unit in grid.units.values():
         groups.setdefault((like[unit.subject.model], _kind(unit)), []).append(unit)
-    estimator = _Estimator(worker, records, calibrate)
+    estimator = _Estimator(worker, grid, records, calibrate)
     found = [estimator.work(what, units) for (_, what), units in groups.items()]
     sizes = list(estimator.sizes.values())
     kinds = [unit.kind for unit in grid.units.values()]
@@ -174,13 +211,16 @@ def plan_study(
 class _Estimator:
     """Counts tokens and knows paces, model by model."""
 
-    def __init__(self, worker: Worker, records: Mapping[str, UnitRecord], calibrate: bool) -> None:
-        self.worker, self.records, self.calibrate = worker, records, calibrate
+    def __init__(
+        self, worker: Worker, grid: Grid, records: Mapping[str, UnitRecord], calibrate: bool
+    ) -> None:
+        self.worker, self.calibrate = worker, calibrate
+        self.units, self.records = grid.units, records
         self.sizes: dict[str, int] = {}
         self.memory_bytes = 0
         self._light: dict[str, LanguageModel | str] = {}
-        self._tokens: dict[object, int] = {}
-        self._paces: dict[tuple[str, str, bool], float | None] = {}
+        self._amounts: dict[object, Amount] = {}
+        self._trials: dict[tuple[str, str, bool], Rates | None] = {}
         self._live: tuple[str, LanguageModel] | None = None
 
     def work(self, what: str, units: Sequence[Unit]) -> Work:
@@ -191,22 +231,25 @@ class _Estimator:
         light = self._outline(first)
         if isinstance(light, str):
             return Work(what, label, len(units), len(done), None, None, light)
-        self._count_memory(first, light)
         # Models of one structure may be trained for different times.
-        all_tokens = [self._tokens_of(unit, light) for unit in units]
-        tokens = round(fmean(all_tokens))
-        spent = [record.seconds for record in done if record.status == "done"]
-        if spent:
-            return Work(what, label, len(units), len(done), tokens, fmean(spent), "recorded")
+        amounts = [self._amount(unit, light) for unit in units]
+        amount = Amount(*(round(fmean(each)) for each in zip(*amounts, strict=True)))
+        tokens = amount.tokens
+        self._count_memory(first, light, amount)
+        plain = Work(what, label, len(units), len(done), tokens, None, "recorded", first.kind)
         studied = self.worker.spec.model(first.subject.model)
-        if first.kind == "make" and studied.degrade is not None:
-            spent_once = self._degrading_seconds(studied)
-            by = "no calibration" if spent_once is None else "calibrated"
-            return Work(what, label, len(units), len(done), tokens, spent_once, by)
-        pace = self._pace(first, light)
-        seconds = None if pace is None else pace * tokens
-        source = "no calibration" if pace is None else "calibrated"
-        return Work(what, label, len(units), len(done), tokens, seconds, source)
+        degraded = first.kind == "make" and studied.degrade is not None
+        found = recorded(done)
+        if found is not None:
+            trial = None if degraded else self._trial(first, light)
+            calibrated = trial and trial.of(amount)
+            return replace(plain, seconds=found.seconds, calibrated=calibrated, recorded=found)
+        if degraded:
+            seconds = self._degrading_seconds(studied)
+        else:
+            seconds = self._seconds(first, amount, light)
+        source = "no calibration" if seconds is None else "calibrated"
+        return replace(plain, seconds=seconds, source=source)
 
     def _like(self, unit: Unit) -> str:
         return self.worker.spec.model(unit.subject.model).like
@@ -235,38 +278,39 @@ class _Estimator:
                 self._light[label] = str(error).splitlines()[0]
         return self._light[label]
 
-    def _tokens_of(self, unit: Unit, light: LanguageModel) -> int:
+    def _amount(self, unit: Unit, light: LanguageModel) -> Amount:
         subject = unit.subject
         if unit.kind == "make":
             made = self.worker.spec.model(subject.model).from_scratch
-            return 0 if made is None else made.steps * self._tokens_a_step(made, light)
+            each = self._tokens_a_step(made, light) if made else 0
+            return Amount(made.steps * each if made else 0)
         if unit.kind == "measure":
             tasks = tuple(tasks_of(self.worker.spec, unit))
             form = self.worker.samples(unit) if unit.settings else None
             key: object = (self._reads(unit), tasks, unit.ask, unit.split, form)
-            if key not in self._tokens:
+            if key not in self._amounts:
                 asked = _asked_tokens(self.worker, unit, light)
                 followed = 0 if form else self.worker.examiners.num_tokens(unit, light)
-                self._tokens[key] = asked + followed
-            return self._tokens[key]
+                self._amounts[key] = Amount(asked + followed)
+            return self._amounts[key]
         # Rate, seed and most methods change nothing of what is read, but what `auto` searches.
         recipe = self.worker.spec.recipes[str(subject.recipe)]
         method = recipe.method if prompt_tokens(recipe.method) else Full()
         rate = recipe.learning_rate if recipe.auto else None
         read = recipe.model_copy(update={"learning_rate": rate, "seed": 0, "method": method})
         key = (self._reads(unit), subject.target, read.fingerprint())
-        if key not in self._tokens:
-            self._tokens[key] = self._tokens_of_tuning(unit, light)
-        return self._tokens[key]
+        if key not in self._amounts:
+            self._amounts[key] = self._amount_of_tuning(unit, light)
+        return self._amounts[key]
 
     def _tokens_a_step(self, made: FromScratch, light: LanguageModel) -> int:
         key = (made.batch_size, made.shots, made.instructed)
-        if key not in self._tokens:
+        if key not in self._amounts:
             batch = lists_of_examples(light, made, np.random.default_rng(0))
-            self._tokens[key] = sum(map(len, batch))
-        return self._tokens[key]
+            self._amounts[key] = Amount(sum(map(len, batch)))
+        return self._amounts[key].tokens
 
-    def _tokens_of_tuning(self, unit: Unit, light: LanguageModel) -> int:
+    def _amount_of_tuning(self, unit: Unit, light: LanguageModel) -> Amount:
         recipe, target, anchors, extra = self.worker.ingredients(unit)
         data = tokenise(recipe, light, target.train, anchors=anchors, extra=extra)
         resolved = recipe.resolved(len(data.encoded.samples))
@@ -281,12 +325,13 @@ class _Estimator:
             steps += method.prompt_steps
         if recipe.auto and recipe.learning_rate is None:
             steps += SHORT_RUNS * recipe.auto.trial_steps
-        return tokens_read([*data.mixture.tree, *beside], steps)
+        return Amount(tokens_read([*data.mixture.tree, *beside], steps), steps)
 
-    def _count_memory(self, unit: Unit, light: LanguageModel) -> None:
-        """Count copies of the weights, as measured where Linux reports the peak.
+    def _count_memory(self, unit: Unit, light: LanguageModel, amount: Amount) -> None:
+        """Count copies of the weights, and what a step holds, as measured by the system's peak.
 
-        What trains as a whole has gradients, two moments, and copies while it is stepped.
+        What trains as a whole has gradients, two moments, and copies while it is stepped. A token
+        of a step has activations in every block, and logits with a copy and a gradient.
         """
         copies = {"base": 1, "tuned": 1, "blend": 3}[unit.subject.stage]
         copies += unit.holds_two and copies == 1
@@ -294,45 +339,67 @@ class _Estimator:
             method = self.worker.spec.recipes[str(unit.subject.recipe)].method
             copies = 1 if method.name in ADAPTING else 6
         itemsize = DTYPES[self.worker.spec.dtype].itemsize
-        needed = copies * light.num_parameters * itemsize + PROCESS_BYTES
+        held = 0.0
+        if amount.steps:
+            config: Any = light.module.config
+            text = config.get_text_config()
+            blocks = ACTIVATIONS * text.hidden_size * text.num_hidden_layers
+            held = amount.tokens / amount.steps * (blocks + LOGITS * text.vocab_size)
+        needed = round((copies * light.num_parameters + held) * itemsize) + PROCESS_BYTES
         self.memory_bytes = max(self.memory_bytes, needed)
 
-    def _pace(self, unit: Unit, light: LanguageModel) -> float | None:
-        """Return seconds a token: of like work that is recorded, else of a moment's trial.
+    def _seconds(self, unit: Unit, amount: Amount, light: LanguageModel) -> float | None:
+        """Return the seconds of a unit: by like work that is recorded, else by a moment's trial.
 
-        Tuning steps all weights, or adapters alone, which differ severalfold in a small model.
+        Tuning steps all weights, or adapters alone, which differ severalfold in a small model;
+        and rows of another target are so much longer or shorter that its tokens say little.
         """
+        known = [
+            record for identity, record in self.records.items()
+            if record.kind == unit.kind and record.status == "done" and record.tokens > 0
+            and record.model is not None and record.model.num_parameters == light.num_parameters
+            and self._resembles(unit, self.units[identity])
+        ]  # fmt: skip
+        if known:
+            tokens = sum(record.tokens for record in known)
+            return amount.tokens * sum(record.seconds for record in known) / tokens
+        trial = self._trial(unit, light)
+        return None if trial is None else trial.of(amount).seconds
+
+    def _resembles(self, unit: Unit, other: Unit) -> bool:
+        return self._adapts(unit) == self._adapts(other) and (
+            unit.kind != "tune" or unit.subject.target == other.subject.target
+        )
+
+    def _trial(self, unit: Unit, light: LanguageModel) -> Rates | None:
+        """Return the rates by a moment's trial; None without calibration."""
+        # Tried on one target: `Rates` tells steps from tokens.
         key = self._like(unit), unit.kind, self._adapts(unit)
-        if key not in self._paces:
-            known = [
-                r for r in self.records.values()
-                if r.kind == unit.kind and r.status == "done" and r.tokens > 0
-                and r.model is not None and r.model.num_parameters == light.num_parameters
-                and (r.training is None or (r.training.method in ADAPTING) == key[2])
-            ]  # fmt: skip
-            if known:
-                self._paces[key] = sum(r.seconds for r in known) / sum(r.tokens for r in known)
-            elif self.calibrate:
+        if key not in self._trials:
+            self._trials[key] = None
+            if self.calibrate:
                 self.worker.watch.stage(f"{key[0]}: timing a moment of {unit.kind}")
-                self._paces[key] = self._tried(unit, light)
-            else:
-                self._paces[key] = None
-        return self._paces[key]
+                self._trials[key] = self._tried(unit, light)
+        return self._trials[key]
 
     def _adapts(self, unit: Unit) -> bool:
         recipe = unit.subject.recipe if unit.kind == "tune" else None
         return recipe is not None and self.worker.spec.recipes[recipe].method.name in ADAPTING
 
-    def _tried(self, unit: Unit, light: LanguageModel) -> float | None:
+    def _tried(self, unit: Unit, light: LanguageModel) -> Rates | None:
         studied = self.worker.spec.model(unit.subject.model)
         if unit.kind == "make" and studied.from_scratch is not None:
-            tokens = CALIBRATION_STEPS * self._tokens_a_step(studied.from_scratch, light)
-            return _time_training(studied.from_scratch) / tokens
-        model = self._live_model(studied)
+            tokens = self._tokens_a_step(studied.from_scratch, light)
+            return time_training(studied.from_scratch, tokens)
         if unit.kind != "tune":
-            return _time_asking(self.worker, unit, model)
-        self._live = None  # tuning changes it
-        return _time_tuning(self.worker, unit, model)
+            return time_asking(self.worker, unit, self._live_model(studied))
+
+        def fresh() -> LanguageModel:
+            model = self._live_model(studied)
+            self._live = None  # tuning changes it
+            return model
+
+        return time_tuning(self.worker, unit, fresh)
 
     def _live_model(self, studied: StudiedModel) -> LanguageModel:
         """Return a model of that structure with weights, kept for the next trial of it."""
@@ -375,54 +442,16 @@ def _shared_tokens(model: LanguageModel, plan: Plan) -> int:
     return build_trie([tokens_to_read(request) for request in requests]).num_tokens
 
 
-def _time_asking(worker: Worker, unit: Unit, model: LanguageModel) -> float | None:
-    """Return seconds a token of asking the untuned model a few items; None without tasks."""
-    whole = worker.plan(unit)
-    if not whole.tasks:
-        return None
-    few = replace(whole, tasks=whole.tasks[:CALIBRATION_TASKS], limit=CALIBRATION_ITEMS)
-    found = measure(model, few, arm="trial", engine=Engine(model))
-    return found.cost.seconds / max(1, found.cost.tokens_prefilled)
-
-
-def _time_tuning(worker: Worker, unit: Unit, model: LanguageModel) -> float:
-    """Return seconds a token of the quickest of a few steps without keep terms.
-
-    The first allocates the optimiser's state, and a machine that is busy for a moment makes
-    others slow, so that their mean would be too much.
-    """
-    recipe, target, _, extra = worker.ingredients(unit)
-    few = {"steps": CALIBRATION_STEPS + 1, "keep": (), "auto": None}
-    clock = _StepClock()
-    began = train(
-        recipe.model_copy(update=few), model, target.train, None,
-        progress=clock, extra=Extra(extra.template),
-    )  # fmt: skip
-    del model
-    gc.collect()
-    steps = [later - earlier for earlier, later in zip(clock.at, clock.at[1:], strict=False)]
-    return min(steps) * began.steps / max(1, tokens_read(began.sources, began.steps))
-
-
-def _time_training(made: FromScratch) -> float:
-    """Return seconds of a few steps from scratch."""
-    began = time.perf_counter()
-    train_from_scratch(made.model_copy(update={"steps": CALIBRATION_STEPS}), Silent())
-    return time.perf_counter() - began
-
-
-class _StepClock:
-    """Notes when each step ended."""
-
-    def __init__(self) -> None:
-        self.at: list[float] = []
-
-    def stage(self, title: str) -> None:
-        """Ignore."""
-
-    def update(self, done: int, total: int, detail: str = "") -> None:
-        """Note the time."""
-        self.at.append(time.perf_counter())
-
-    def note(self, text: str) -> None:
-        """Ignore."""
+def _times_beside(timed: Sequence[Work]) -> str:
+    """Return the ratio of calibrated to recorded time, of processors where all was counted."""
+    counted = [w for w in timed if w.recorded and w.recorded.processor_seconds is not None]
+    planned = spent = 0.0
+    for one in counted or timed:
+        if one.calibrated is None or one.recorded is None:
+            continue
+        pair = one.calibrated.seconds, one.recorded.seconds
+        if counted:
+            pair = one.calibrated.processor_seconds, one.recorded.processor_seconds or 0.0
+        planned += pair[0] * one.recorded.units
+        spent += pair[1] * one.recorded.units
+    return f"{'processor seconds' if counted else 'seconds'} {planned / max(1e-9, spent):.2f}"

@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from keepshot.assets import AssetStore
 from keepshot.blending.sweep import sweep
 from keepshot.errors import TaskError
@@ -278,6 +280,14 @@ class Worker:
         return self.spec.recipes[str(unit.subject.recipe)].samples
 
     # -- models ----------------------------------------------------------------------------
+
+    def let_go(self) -> None:
+        """Hold no model any more."""
+        self._base = self._tuned = None
+        self._ledger = Ledger(None, _Steps(self.watch))
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     def reference(self, unit: Unit) -> str:
         """Return where the model lies that a unit asks or tunes, as it is before tuning."""

@@ -1,10 +1,12 @@
 """A study's directory: records written once, and claims that keep two runners apart.
 
     study.yaml  units/ID.json (the record, last)  units/ID.parquet (rows)  models/ID  claims/ID
+    attempts/ID (of a unit whose process or runner was gone before it ended)
 
 A claim names its process and is touched while that lives; one whose process is gone, or that was
-not touched for a minute, is taken over. All that decides who does what happens under one lock,
-which the system releases with the process. Knows nothing of models.
+not touched for a minute, is taken over and noted as an attempt that was lost. All that decides who
+does what happens under one lock, which the system releases with the process. Knows nothing of
+models.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from keepshot.records import (
     write_instructions,
     write_items,
 )
+from keepshot.study.attempts import Attempts, Death
 
 RECORD_SCHEMA = 1
 BEAT_SECONDS = 5.0
@@ -77,6 +80,8 @@ class UnitRecord(BaseModel):
     """Of a failure: its traceback."""
     by: str = ""
     """Host and process."""
+    ended: float | None = None
+    """When, in seconds since 1970 by the clock of its machine."""
 
     def to_json(self) -> str:
         """Return the text of the record's file."""
@@ -125,7 +130,7 @@ class StudyDirectory:
                 "new one, which keeps the records that both share"
             )
         try:
-            for name in ("units", "models", "claims"):
+            for name in ("units", "models", "claims", "attempts"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise output_error(error, self.path) from error
@@ -170,7 +175,11 @@ class StudyDirectory:
             write_instructions(instructions, self.instructions(record.unit))
         with self._lock():
             mine = self._read_claim(record.unit)
-            return mine is not None and mine.token == claim.token and self._write_once(record)
+            if mine is None or mine.token != claim.token:
+                return False
+            if record.status == "done":
+                self._attempts_path(record.unit).unlink(missing_ok=True)
+            return self._write_once(record)
 
     def write_unclaimed(self, record: UnitRecord) -> None:
         """Write the record of a unit that nobody can do."""
@@ -186,9 +195,12 @@ class StudyDirectory:
         return self.path / "units" / f"{unit}.instructions.parquet"
 
     def forget(self, units: Iterable[str]) -> None:
-        """Delete the records of units, so that they are done again."""
+        """Delete the records of units, and what is known of attempts; they are done again."""
         with self._lock():
             for unit in units:
+                if not self._is_held(unit):
+                    self._claim_path(unit).unlink(missing_ok=True)
+                self._attempts_path(unit).unlink(missing_ok=True)
                 (self.path / "units" / f"{unit}.json").unlink(missing_ok=True)
                 self._known.pop(unit, None)
 
@@ -230,6 +242,9 @@ class StudyDirectory:
         with self._lock():
             free = not self._is_held(unit) and again()
             if free:
+                left = self._read_claim(unit)
+                if left is not None:  # before it is overwritten, so that no kill loses it
+                    self._note(unit, self.attempts(unit).with_lost(left.token))
                 write_text(json.dumps(claim.__dict__), self._claim_path(unit))
         if not free:
             yield None
@@ -255,6 +270,28 @@ class StudyDirectory:
             held = [name for name in names if self._is_held(name)]
             claims = [self._read_claim(name) for name in held]
         return [claim for claim in claims if claim is not None]
+
+    # -- attempts that came to nothing -------------------------------------------------------
+
+    def attempts(self, unit: str) -> Attempts:
+        """Return what is known of attempts at a unit that ended with their process."""
+        try:
+            return Attempts.model_validate_json(self._attempts_path(unit).read_text("utf-8"))
+        except (FileNotFoundError, ValidationError):
+            return Attempts()
+
+    def note_death(self, unit: str, death: Death) -> Attempts:
+        """Add a death to a unit's attempts, and return them; its claim must be held."""
+        with self._lock():
+            found = self.attempts(unit).with_seen(death)
+            self._note(unit, found)
+        return found
+
+    def _note(self, unit: str, attempts: Attempts) -> None:
+        write_text(attempts.model_dump_json(), self._attempts_path(unit))
+
+    def _attempts_path(self, unit: str) -> Path:
+        return self.path / "attempts" / unit
 
     def _is_held(self, unit: str) -> bool:
         claim, path = self._read_claim(unit), self._claim_path(unit)

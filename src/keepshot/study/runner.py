@@ -2,7 +2,8 @@
 
 Only schedules: what a unit does is a callback. A unit is claimed, done, and its record written
 once; a fault becomes a record with its traceback and stops nothing but what needs that unit. What
-was not recorded when a process ended is done again by whoever comes next.
+was not recorded when a process ended is done again by whoever comes next, and apart from its own
+process, so that a unit that ends its process every time is found out and the runner goes on.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Protocol
 from keepshot.errors import UserError, is_full_disk
 from keepshot.progress import Progress
 from keepshot.records import InstructionRow, ItemResult, ModelRecord, TrainingRecord
+from keepshot.study.attempts import FaultApartError, ProcessDiedError
+from keepshot.study.costs import Overhead
 from keepshot.study.directory import Claimed, StudyDirectory, UnitRecord
 from keepshot.study.grid import Grid, Unit
 
@@ -39,9 +42,29 @@ class Outcome:
     work_seconds: float = 0.0
     tokens: int = 0
     task_versions: dict[str, int] = field(default_factory=dict[str, int])
+    processor_seconds: float | None = None
+    """Of the process that did it, where that was another."""
+    peak_bytes: int | None = None
+    """As `processor_seconds`."""
 
 
 Perform = Callable[[Unit], Outcome]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a runner may do."""
+
+    limit_seconds: float | None = None
+    """No unit is begun after this time; what is begun is finished."""
+    keep_models: bool = False
+    """Keep tuned models that nothing needs any more."""
+    apart: Perform | None = None
+    """Does one unit in a process of its own, once a process was lost at it. It raises
+    `ProcessDiedError` if that one ends too, and `FaultApartError` for a fault."""
+
+
+USUAL = Terms()
 
 
 @dataclass(frozen=True)
@@ -55,6 +78,8 @@ class Tally:
     """Labels of the units that some runner is at."""
     seconds_left: float | None
     """At the pace of what is recorded, shared among the runners; None where nothing is."""
+    overhead: Overhead | None = None
+    """Of the units that are done, where it was asked for."""
 
     @property
     def left(self) -> int:
@@ -75,9 +100,7 @@ def work(
     directory: StudyDirectory,
     perform: Perform,
     watch: Watch,
-    *,
-    limit_seconds: float | None = None,
-    keep_models: bool = False,
+    terms: Terms = USUAL,
 ) -> Tally:
     """Do units until none is left, or until no more may be begun.
 
@@ -86,8 +109,7 @@ def work(
         directory: their place, opened.
         perform: does one unit.
         watch: told of every unit.
-        limit_seconds: no unit is begun after this time; what is begun is finished.
-        keep_models: keep tuned models that nothing needs any more.
+        terms: how long, and what it leaves.
 
     Returns:
         How far the study then is, counting what other runners did.
@@ -96,7 +118,8 @@ def work(
         StudyError: if a record is of another version.
         OutputError: if the disk is full: nothing further could be recorded.
     """
-    runner = _Runner(grid, directory, perform, watch)
+    runner = _Runner(grid, directory, perform, watch, terms)
+    limit_seconds, keep_models = terms.limit_seconds, terms.keep_models
     began = time.monotonic()
     while True:
         runner.settle()
@@ -137,9 +160,15 @@ def failures(grid: Grid, directory: StudyDirectory) -> list[UnitRecord]:
 
 class _Runner:
     def __init__(
-        self, grid: Grid, directory: StudyDirectory, perform: Perform, watch: Watch
+        self,
+        grid: Grid,
+        directory: StudyDirectory,
+        perform: Perform,
+        watch: Watch,
+        terms: Terms,
     ) -> None:
         self.grid, self.directory, self.perform, self.watch = grid, directory, perform, watch
+        self.apart = terms.apart
         self.dependents = grid.dependents
         self.held: tuple[str, str | None] | None = None
         self.unmade: set[str] = set()
@@ -190,7 +219,6 @@ class _Runner:
         with self.directory.claimed(unit.id, lambda: self._still_open(unit)) as claim:
             if claim is None:
                 return False
-            self.held = unit.holds
             self.watch.tally(tally(self.grid, self.directory))
             self.watch.stage(unit.label)
             self._do(unit, claim)
@@ -207,22 +235,37 @@ class _Runner:
         began, spent = time.perf_counter(), time.process_time()
         found = Outcome()
         try:
-            found = self.perform(unit)
+            found = self._performed(unit)
             record = _record(unit, found, time.perf_counter() - began, claim=claim)
         except Exception as error:
             if is_full_disk(error) or is_full_disk(error.__cause__ or error):
                 raise
-            reason = str(error) if isinstance(error, UserError) else _last_line(error)
+            reason, trace = _told(error)
             record = _record(
                 unit, Outcome(), time.perf_counter() - began, claim=claim, status="failed",
-                reason=reason, trace=traceback.format_exc(),
+                reason=reason, trace=trace,
             )  # fmt: skip
             self.watch.note(f"failed: {unit.label}: {reason.splitlines()[0]}")
             if unit.id in self.directory.records([unit.id]):
                 self.unmade.add(unit.id)
-        spent = time.process_time() - spent
+        spent = time.process_time() - spent + (found.processor_seconds or 0.0)
         record = record.model_copy(update={"processor_seconds": spent})
         self.directory.write(record, found.items, claim, found.instructions)
+
+    def _performed(self, unit: Unit) -> Outcome:
+        """Do a unit here, or in a process of its own where one was lost at it."""
+        tried = self.directory.attempts(unit.id)
+        while tried.any and self.apart is not None:
+            tried.check()
+            self.held = None
+            try:
+                return self.apart(unit)
+            except ProcessDiedError as error:
+                tried = self.directory.note_death(unit.id, error.death)
+                self.watch.note(f"its process ended: {unit.label}: {error.death.words}")
+        tried.check()
+        self.held = unit.holds
+        return self.perform(unit)
 
     def _still_open(self, unit: Unit) -> bool:
         records = self.directory.records([unit.id, *self.dependents.get(unit.id, ())])
@@ -250,18 +293,31 @@ def _record(
     content = {
         "unit": unit.id, "kind": unit.kind, "label": unit.label, "status": status,
         "seconds": seconds, "loading_seconds": found.loading_seconds,
-        "work_seconds": found.work_seconds, "tokens": found.tokens, "peak_bytes": _peak_bytes(),
+        "work_seconds": found.work_seconds, "tokens": found.tokens,
+        "peak_bytes": found.peak_bytes or peak_bytes(),
         "model": found.model, "training": found.training, "task_versions": found.task_versions,
         "reason": reason, "trace": trace, "by": f"{claim.host} {claim.pid}" if claim else "",
+        "ended": time.time() if claim else None,
     }  # fmt: skip
     return UnitRecord.model_validate(content)
 
 
-def _last_line(error: Exception) -> str:
+def _told(error: Exception) -> tuple[str, str]:
+    """Return what a record says of a fault: its reason, and its traceback."""
+    if isinstance(error, FaultApartError):
+        return error.fault.reason, error.fault.trace
+    return reason_of(error), traceback.format_exc()
+
+
+def reason_of(error: Exception) -> str:
+    """Return the lines that a user is shown, or the last one of a traceback."""
+    if isinstance(error, UserError):
+        return str(error)
     return traceback.format_exception_only(error)[-1].strip()
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
+    """Return the most memory that this process has held."""
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return size if sys.platform == "darwin" else size * 1024
 
