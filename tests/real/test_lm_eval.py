@@ -22,7 +22,7 @@ from keepshot.scoring.server import ServedEngine, Server
 from keepshot.tasks.catalog import load_task
 
 pytestmark = pytest.mark.real
-NUM_ITEMS = 16
+NUM_ITEMS = 6
 
 
 @pytest.fixture(scope="module")

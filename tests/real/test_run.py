@@ -18,8 +18,8 @@ from keepshot.records import ResultDocument
 
 SHORTENED = [
     "measure={tasks: [past-tense, extract-town, number-name], shots: [0, 4], seeds: 1, limit: 16}",
-    "arms.plain.steps=25",
-    "arms.kept.steps=25",
+    "arms.plain.steps=15",
+    "arms.kept.steps=15",
     "blended={lambdas: [0.5, 1.0], pick: 'keep-target:0.5', limit: 8}",
 ]
 

@@ -145,12 +145,14 @@ def test_a_gate_that_does_not_hold_leaves_with_3(
     assert "retention" in capsys.readouterr().err
 
 
-def test_an_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(workplace: Path) -> None:
-    command = [sys.executable, "-m", "keepshot", "run", "recipe.yaml", "--out"]
-    subprocess.run([*command, "whole"], check=True, capture_output=True)
+def test_an_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", "recipe.yaml", "--out"]
+    assert status(*words, "whole") == 0
     # Where the tests run in the background, Ctrl-C is ignored, and children would inherit that.
     process = subprocess.Popen(
-        [*command, "out"],
+        [sys.executable, "-m", "keepshot", *words, "out"],
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -168,13 +170,14 @@ def test_an_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(workplace
     assert not (workplace / "out").exists()
     kept_rows = (parts / "plain.parquet").stat().st_mtime_ns
 
-    changed = subprocess.run([*command, "out", "--seed", "1"], capture_output=True, text=True)
-    assert changed.returncode == 2
-    assert "unfinished work of other settings" in changed.stderr
-    assert "arms.plain.seed was 0, is 1" in changed.stderr
+    capsys.readouterr()
+    assert status(*words, "out", "--seed", "1") == 2
+    changed = capsys.readouterr().err
+    assert "unfinished work of other settings" in changed
+    assert "arms.plain.seed was 0, is 1" in changed
 
-    resumed = subprocess.run([*command, "out"], capture_output=True, text=True, check=True)
-    assert "plain: tuning" not in resumed.stderr
+    assert status(*words, "out") == 0
+    assert "plain: tuning" not in capsys.readouterr().err
     whole, again = (ResultDocument.read(workplace / name) for name in ("whole", "out"))
     assert kept_rows > 0
     assert again.scores == whole.scores

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from command import status
 from keepshot.assets import AssetStore
 from keepshot.jobs.recipes import study_spec
 from keepshot.jobs.study import grid_of
+from keepshot.jobs.study_apart import Unwatched
+from keepshot.jobs.study_plan import plan_study
 from keepshot.jobs.target import load_target
 from keepshot.models.loading import LanguageModel, save
 from keepshot.study.grid import check_size, expand, tasks_of
@@ -69,7 +69,9 @@ def test_shipped_studies_expand_within_the_limit(name: str, store: AssetStore) -
     # (name, tunings, measurements): 31 and 30 recipes, each asked twice, and the base
     wanted = {
         "bridge.yaml": (8, 2 + 16 + 2),
-        "convergence-small.yaml": (140, 53 + 140),
+        # (recipes, and those that write), (composed, written, two controls)
+        "convergence-small.yaml": (140 + 29, 4 * 53 + 140 + 2 * 29),
+        "convergence-hub.yaml": (126, 21 * (3 + 2 * 2 * 2 + 2 * 2)),
         "keep.yaml": (61, 124),
         "keep-auto.yaml": (32, 6 + 96),
         "keep-real.yaml": (96, 3 + 288),
@@ -80,10 +82,18 @@ def test_shipped_studies_expand_within_the_limit(name: str, store: AssetStore) -
 
 
 def test_the_study_of_small_models_has_the_promised_sizes() -> None:
-    """90 tuned models or more besides the degraded ones, three architectures, 24 tasks."""
+    """90 tuned models or more besides the degraded ones, three architectures, 24 tasks.
+
+    And models that write their own demonstrations: all that are not degraded.
+    """
     spec = shipped("convergence-small.yaml")
     grid = expand(spec)
-    tuned = [spec.model(subject.model) for subject in grid.tuned]
+    plain = [s for s in grid.tuned if spec.recipes[str(s.recipe)].samples == "plain"]
+    writing = [s.model for s in grid.tuned if s not in plain]
+    whole = [model.label for model in spec.models if model.degrade is None]
+    assert sorted(writing) == sorted(whole)
+    assert len(whole) == 29
+    tuned = [spec.model(subject.model) for subject in plain]
     assert len(tuned) == 140
     assert sum(model.degrade is None for model in tuned) == 116
     harmed = {(model.degrade.kind, model.reference) for model in spec.models if model.degrade}
@@ -94,14 +104,15 @@ def test_the_study_of_small_models_has_the_promised_sizes() -> None:
     assert len({(made.width, made.steps) for made in scratch}) >= 12
     assert len({model.family for model in spec.models}) == 11
     assert all(model.tags for model in spec.models if model.reference)
-    for subject in grid.tuned:
-        beside = [s for s in grid.tuned if s.model == subject.model]
+    for subject in plain:
+        beside = [s for s in plain if s.model == subject.model]
         recipes = {s.recipe for s in beside}
         assert len(recipes) == (1 if spec.model(subject.model).degrade else 2)
-    (ask,) = spec.asks.values()
-    assert (ask.settings, ask.all_shots) == (("direct", "gold"), (0, 4))
-    asked = {name for unit in grid.units.values() if unit.ask for name in tasks_of(spec, unit)}
-    assert len(asked) == 24
+    asked = spec.asks["composed"]
+    assert (asked.settings, asked.all_shots) == (("direct", "gold"), (0, 4))
+    for name in spec.asks:
+        units = [unit for unit in grid.units.values() if unit.ask == name]
+        assert len({task for unit in units for task in tasks_of(spec, unit)}) == 24
 
 
 @pytest.mark.parametrize("name", ["keep-auto.yaml", "keep-real.yaml"])
@@ -116,23 +127,27 @@ def test_shipped_studies_can_be_planned(
     name: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    store: AssetStore,
     fresh_pico: Callable[..., LanguageModel],
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """With a pico model in the real ones' place, and what takes longest to read left out."""
+    """With a pico model in the real ones' place, and what takes longest to read left out.
+
+    Nothing is timed but for the screen, which has every method.
+    """
     monkeypatch.chdir(tmp_path)
     save(fresh_pico("llama"), tmp_path / "base")
     few = next(iter(shipped(name).asks))
     changed = ["models=[base]", "targets=[support]", "exclude=[]", f"asks.{few}.limit=2"]
-    given = [word for change in changed for word in ("--set", change)]
-    assert status("study", str(STUDIES / name), "--plan", "--json", *given) == 0
-    plan = json.loads(capsys.readouterr().out)
-    assert all(row["tokens"] > 0 and row["seconds"] > 0.0 for row in plan["work"])
-    assert plan["seconds_left"] > 0.0
-    tuned = {row["what"]: row["tokens"] for row in plan["work"] if row["what"].startswith("tune")}
-    if name == "keep.yaml":
+    spec = study_spec(STUDIES / name, {}, changed)[0]
+    timed = name == "keep.yaml"
+    plan = plan_study(spec, store, tmp_path / "runs", Unwatched(), calibrate=timed)
+    assert all(work.tokens and work.tokens > 0 for work in plan.work)
+    assert (plan.seconds_left is not None) == timed
+    tuned = {w.what: w.tokens or 0 for w in plan.work if w.kind == "tune"}
+    if timed:
         assert len(tuned) == 31
         assert tuned["tune kl on support"] > tuned["tune lora on support"]
+        assert all(work.seconds and work.seconds > 0.0 for work in plan.work)
     assert not (tmp_path / "runs").exists()
 
 

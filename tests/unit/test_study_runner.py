@@ -18,7 +18,7 @@ import pytest
 import study_work
 from keepshot.errors import OutputError, StudyError, TaskError
 from keepshot.records import read_items
-from keepshot.study.directory import StudyDirectory, UnitRecord
+from keepshot.study.directory import StudyDirectory, UnitRecord, _host
 from keepshot.study.grid import Unit
 from keepshot.study.runner import Outcome, Terms, failures, tally, work
 from study_work import Watched, opened, performing, row_of
@@ -228,6 +228,18 @@ def test_a_claim_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
             assert not directory.write(record, None, mine), "it was taken over meanwhile"
             assert directory.write(record, None, theirs)
     assert not (directory.path / "claims" / unit).exists()
+
+
+def test_a_claim_that_outlived_its_record_is_dropped_at_the_end(tmp_path: Path) -> None:
+    """As of a runner that was killed between its last record and the end of its claim."""
+    grid, directory = opened(tmp_path / "s")
+    perform = performing(directory, tmp_path / "log", 0.0)
+    work(grid, directory, perform, Watched())
+    path = directory.path / "claims" / next(iter(grid.units))
+    claim = {"unit": path.name, "host": _host(), "pid": 1, "started": "1", "token": "t"}
+    path.write_text(json.dumps(claim), "utf-8")
+    work(grid, directory, perform, Watched())
+    check_results(directory.path)
 
 
 def test_a_claim_of_another_machine_goes_stale(tmp_path: Path) -> None:

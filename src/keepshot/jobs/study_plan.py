@@ -75,7 +75,7 @@ class Work:
     """Where the seconds are from: `recorded`, `calibrated`, or why there are none."""
     kind: str = "measure"
     calibrated: Pace | None = None
-    """What a moment's trial says of one unit, where some are recorded too."""
+    """What a moment's trial says of one unit, where some are recorded and others needed a trial."""
     recorded: Recorded | None = None
 
     @property
@@ -192,7 +192,10 @@ def plan_study(
     for unit in grid.units.values():
         groups.setdefault((like[unit.subject.model], _kind(unit)), []).append(unit)
     estimator = _Estimator(worker, grid, records, calibrate)
-    found = [estimator.work(what, units) for (_, what), units in groups.items()]
+    # What is recorded comes last: it is timed by nothing but trials that others needed.
+    order = sorted(groups, key=lambda key: any(unit.id in records for unit in groups[key]))
+    made = {key: estimator.work(key[1], groups[key]) for key in order}
+    found = [made[key] for key in groups]
     sizes = list(estimator.sizes.values())
     kinds = [unit.kind for unit in grid.units.values()]
     runs = kinds.count("tune")
@@ -241,7 +244,7 @@ class _Estimator:
         degraded = first.kind == "make" and studied.degrade is not None
         found = recorded(done)
         if found is not None:
-            trial = None if degraded else self._trial(first, light)
+            trial = None if degraded else self._trials.get(self._tried_as(first))
             calibrated = trial and trial.of(amount)
             return replace(plain, seconds=found.seconds, calibrated=calibrated, recorded=found)
         if degraded:
@@ -373,14 +376,17 @@ class _Estimator:
 
     def _trial(self, unit: Unit, light: LanguageModel) -> Rates | None:
         """Return the rates by a moment's trial; None without calibration."""
-        # Tried on one target: `Rates` tells steps from tokens.
-        key = self._like(unit), unit.kind, self._adapts(unit)
+        key = self._tried_as(unit)
         if key not in self._trials:
             self._trials[key] = None
             if self.calibrate:
                 self.worker.watch.stage(f"{key[0]}: timing a moment of {unit.kind}")
                 self._trials[key] = self._tried(unit, light)
         return self._trials[key]
+
+    def _tried_as(self, unit: Unit) -> tuple[str, str, bool]:
+        """Return what one trial stands for: of any target, since rates tell steps from tokens."""
+        return self._like(unit), unit.kind, self._adapts(unit)
 
     def _adapts(self, unit: Unit) -> bool:
         recipe = unit.subject.recipe if unit.kind == "tune" else None

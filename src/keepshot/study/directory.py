@@ -271,6 +271,16 @@ class StudyDirectory:
             claims = [self._read_claim(name) for name in held]
         return [claim for claim in claims if claim is not None]
 
+    def drop_left_claims(self) -> None:
+        """Delete the claims of runners that are gone, once nothing is left to do.
+
+        A runner that was killed just after its last record leaves one.
+        """
+        with self._lock():
+            for path in (self.path / "claims").glob("[!.]*"):
+                if not self._is_held(path.name):
+                    path.unlink(missing_ok=True)
+
     # -- attempts that came to nothing -------------------------------------------------------
 
     def attempts(self, unit: str) -> Attempts:

@@ -125,7 +125,10 @@ def work(
         runner.settle()
         watch.tally(tally(grid, directory))
         todo = runner.todo()
-        if not todo or (limit_seconds is not None and time.monotonic() - began >= limit_seconds):
+        if not todo:
+            directory.drop_left_claims()
+            break
+        if limit_seconds is not None and time.monotonic() - began >= limit_seconds:
             break
         if not any(runner.attempt(unit) for unit in runner.in_order(todo)):
             time.sleep(POLL_SECONDS)
