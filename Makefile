@@ -26,14 +26,14 @@ demo: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --threads 2
 	$(BIN)/lint-imports
 	$(PYTEST) -m "not real and not slow"
 
 # what CI runs: everything but Gemma and what is slow
 test: install
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --threads 2
 	$(BIN)/lint-imports
 	$(PYTEST) -m "not slow"
 
