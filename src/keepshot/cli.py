@@ -357,8 +357,11 @@ def report(
     from keepshot.report.study import is_study, read_study, write_study_report
 
     if len(dirs) == 1 and out is None and is_study(dirs[0]):
-        page, found = write_study_report(dirs[0]), read_study(dirs[0]).model_dump(by_alias=True)
-        return print_json({"report": str(page), "study": found}) if as_json else typer.echo(page)
+        page = write_study_report(dirs[0])
+        if not as_json:
+            return typer.echo(page)
+        found = read_study(dirs[0]).model_dump(by_alias=True)
+        return print_json({"report": str(page), "study": found})
     documents = [ResultDocument.read(directory) for directory in dirs]
     if len(dirs) == 1 and out is None:
         page = write_report(dirs[0])

@@ -141,6 +141,14 @@ class Cost(_Record):
     tokens_naive: int = 0
     processes: int = 1
 
+    def since(self, before: Cost) -> Cost:
+        """Return what came on top of an earlier reading of the same engine."""
+        return Cost(
+            seconds=self.seconds - before.seconds,
+            tokens_prefilled=self.tokens_prefilled - before.tokens_prefilled,
+            tokens_naive=self.tokens_naive - before.tokens_naive,
+        )
+
 
 class PathPoint(_Record):
     """One lambda on the path between two models, measured on one split.

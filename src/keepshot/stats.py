@@ -96,7 +96,7 @@ def resampled_retention(
     before: Sequence[Matrix],
     chances: Sequence[float],
     generator: np.random.Generator,
-) -> tuple[float, NDArray[np.float64]] | None:
+) -> Resampled | None:
     """Return what `retention` is made of: its value, and that of every resample."""
     for task_after, task_before in zip(after, before, strict=True):
         assert task_after.shape == task_before.shape, "retention needs paired items and draws"

@@ -24,7 +24,6 @@ from keepshot.jobs.tune import VALIDATION_SHARE, anchor_tasks, general_rows
 from keepshot.models.loading import LanguageModel, load
 from keepshot.progress import Silent
 from keepshot.records import Cost, InstructionRow, ItemResult
-from keepshot.scoring.engine import Engine
 from keepshot.scoring.evaluate import Plan
 from keepshot.scoring.similarity import Embed, embedder, judge_by_likeness
 from keepshot.study.directory import StudyDirectory
@@ -223,13 +222,14 @@ class Worker:
             model = self._base_model(unit) if unit.needs is None else self._tuned_model(unit)
             found = ask(model)
         (items, instructions), (before, after) = found, costs
+        spent = after.since(before)
         return Outcome(
             items=self._judged(unit, plan, items),
             instructions=instructions,
             model=model_record(model),
             loading_seconds=self._loading,
-            work_seconds=after.seconds - before.seconds,
-            tokens=after.tokens_prefilled - before.tokens_prefilled,
+            work_seconds=spent.seconds,
+            tokens=spent.tokens_prefilled,
             task_versions={task.name: task.version for task in plan.tasks},
         )
 
@@ -245,11 +245,11 @@ class Worker:
         spent: list[Cost] = []
         for setting in unit.settings:
             if setting == "pipeline":
-                spent.append(_spent(engine, before))
+                spent.append(engine.cost.since(before))
                 engine = self._ledger.engine(base)
                 before = engine.cost
             rows += answer(engine, plan, drafts, setting, arm=unit.subject.label, progress=progress)
-        spent.append(_spent(engine, before))
+        spent.append(engine.cost.since(before))
         written = sum(len(tuned.encode_plain(draft.written)) for draft in drafts)
         return Outcome(
             items=rows,
@@ -357,14 +357,6 @@ def answered_freely(task: Task) -> Task:
             "the ask"
         )
     return replace(task, kind="exact")
-
-
-def _spent(engine: Engine, before: Cost) -> Cost:
-    now = engine.cost
-    return Cost(
-        seconds=now.seconds - before.seconds,
-        tokens_prefilled=now.tokens_prefilled - before.tokens_prefilled,
-    )
 
 
 def tokens_read(sources: Sequence[Branch], steps: int) -> int:

@@ -49,43 +49,60 @@ def write_report(run_dir: Path) -> Path:
     document = ResultDocument.read(run_dir)
     items_path = run_dir / "items.parquet"
     items = read_items(items_path) if items_path.exists() else []
-    environment = flat(_read_json(run_dir / "environment.json"))
+    shown = beside(run_dir)
     drawn = [
         draw(name, title, charts, run_dir / "figures")
         for name, title, charts in _charts(document)
         if charts[0] is not None
     ]
     formats = view.format_means(document)
-    spec_path = run_dir / "spec.yaml"
-    page = (
-        page_environment()
-        .get_template("page.html")
-        .render(
-            document=document,
-            subject=next((row.model for row in document.summary), None),
-            kind=view.kind(document),
-            sentences=finding.headline_sentences(document),
-            arms=view.arms(document),
-            names=words.short_names([arm.name for arm in view.arms(document)]),
-            looks=figures.looks([arm.name for arm in view.arms(document)]),
-            shots=sorted({row.shots for row in document.summary}),
-            most_shots=view.most_shots(document),
-            figures={figure.name: figure for figure in drawn},
-            formats=formats,
-            leaks=view.kind(document) != "measure" or any(part[1] for part in formats.values()),
-            has_target=any(row.target is not None for row in document.summary),
-            tasks=_task_table(document),
-            changes=view.changes(document, items) if items else None,
-            flips=flips.flips(items),
-            path=sorted(document.path, key=lambda point: (point.split, point.lam)),
-            num_draws=max((row.num_draws for row in view.task_scores(document)), default=0),
-            best=_best_on_path(document),
-            spec=spec_path.read_text(encoding="utf-8") if spec_path.exists() else None,
-            environment=environment,
-        )
+    return write_page(
+        "page.html",
+        run_dir,
+        document=document,
+        subject=next((row.model for row in document.summary), None),
+        kind=view.kind(document),
+        sentences=finding.headline_sentences(document),
+        arms=view.arms(document),
+        names=words.short_names([arm.name for arm in view.arms(document)]),
+        looks=figures.looks([arm.name for arm in view.arms(document)]),
+        shots=sorted({row.shots for row in document.summary}),
+        most_shots=view.most_shots(document),
+        figures={figure.name: figure for figure in drawn},
+        formats=formats,
+        leaks=view.kind(document) != "measure" or any(part[1] for part in formats.values()),
+        has_target=any(row.target is not None for row in document.summary),
+        tasks=_task_table(document),
+        changes=view.changes(document, items) if items else None,
+        flips=flips.flips(items),
+        path=sorted(document.path, key=lambda point: (point.split, point.lam)),
+        num_draws=max((row.num_draws for row in view.task_scores(document)), default=0),
+        best=_best_on_path(document),
+        **shown,
     )
-    path = run_dir / "report.html"
-    write_text(page, path)
+
+
+def beside(out_dir: Path, spec_file: str = "spec.yaml") -> dict[str, Any]:
+    """Return what lies beside a page and is shown on it: `spec` as text, `environment` as pairs.
+
+    Raises:
+        ConfigError: if `environment.json` cannot be read.
+    """
+    spec = out_dir / spec_file
+    return {
+        "spec": spec.read_text(encoding="utf-8") if spec.exists() else None,
+        "environment": flat(_read_json(out_dir / "environment.json")),
+    }
+
+
+def write_page(template: str, out_dir: Path, **content: Any) -> Path:
+    """Write a template with its content to `out_dir/report.html`, and return that path.
+
+    Raises:
+        OutputError: if the page cannot be written.
+    """
+    path = out_dir / "report.html"
+    write_text(page_environment().get_template(template).render(**content), path)
     return path
 
 
@@ -117,20 +134,15 @@ def compare(run_dirs: Sequence[Path], out_dir: Path) -> Path:
         name: (view.most_shots(document), frozenset(s.task for s in document.scores))
         for name, document in documents.items()
     }
-    page = (
-        page_environment()
-        .get_template("compare.html")
-        .render(
-            runs={name: (document, view.arms(document)) for name, document in documents.items()},
-            colors=figures.run_colors(list(documents)),
-            figure=figure,
-            paths=paths,
-            alike=len(set(measured_on.values())) == 1,
-        )
+    return write_page(
+        "compare.html",
+        out_dir,
+        runs={name: (document, view.arms(document)) for name, document in documents.items()},
+        colors=figures.run_colors(list(documents)),
+        figure=figure,
+        paths=paths,
+        alike=len(set(measured_on.values())) == 1,
     )
-    path = out_dir / "report.html"
-    write_text(page, path)
-    return path
 
 
 def _run_names(run_dirs: Sequence[Path]) -> list[str]:

@@ -5,7 +5,6 @@ Like every page it is one file, escapes what users wrote, and asks for nothing f
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from keepshot.errors import ConfigError
-from keepshot.outputs import write_text
 from keepshot.report import cohort
-from keepshot.report.page import Figure, draw, flat, page_environment
+from keepshot.report.page import Figure, beside, draw, write_page
 from keepshot.report.scatter import Mark, two_scores
 from keepshot.report.styling import Look, Width
 from keepshot.report.view import Measured
@@ -82,30 +80,21 @@ def write_study_report(study_dir: Path) -> Path:
         OutputError: if the page cannot be written.
     """
     document = read_study(study_dir)
-    folder = study_dir / "figures"
+    shown, folder = beside(study_dir, "study.yaml"), study_dir / "figures"
     comparison = main_comparison(document.findings)
-    spec, environment = study_dir / "study.yaml", study_dir / "environment.json"
-    page = (
-        page_environment()
-        .get_template("study.html")
-        .render(
-            document=document,
-            findings=document.findings,
-            comparison=comparison,
-            correlation_tables=correlation_tables(document.findings),
-            sentences=sentences(document.findings),
-            figures={one.name: one for one in _figures(document.findings, comparison, folder)},
-            groups=_groups(document, folder),
-            name_of=name_of,
-            spec=spec.read_text(encoding="utf-8") if spec.exists() else None,
-            environment=flat(json.loads(environment.read_text("utf-8")))
-            if environment.exists()
-            else [],
-        )
+    return write_page(
+        "study.html",
+        study_dir,
+        document=document,
+        findings=document.findings,
+        comparison=comparison,
+        correlation_tables=correlation_tables(document.findings),
+        sentences=sentences(document.findings),
+        figures={one.name: one for one in _figures(document.findings, comparison, folder)},
+        groups=_groups(document, folder),
+        name_of=name_of,
+        **shown,
     )
-    path = study_dir / "report.html"
-    write_text(page, path)
-    return path
 
 
 def main_comparison(findings: Findings | None) -> Comparison | None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-from keepshot.records import write_text
-from keepshot.report.page import draw, flat, page_environment
+from keepshot.report.page import beside, draw, write_page
 from keepshot.report.panels import claim_chart
 from keepshot.theory.document import TheoryDocument
 
@@ -55,6 +53,7 @@ def write_theory_report(document: TheoryDocument, out_dir: Path) -> Path:
     Raises:
         OutputError: if it cannot be written.
     """
+    shown = beside(out_dir)
     figures = {
         claim.claim: draw(
             claim.claim,
@@ -65,25 +64,16 @@ def write_theory_report(document: TheoryDocument, out_dir: Path) -> Path:
         for claim in document.claims
         if claim.points
     }
-    spec, environment = out_dir / "spec.yaml", out_dir / "environment.json"
-    page = (
-        page_environment()
-        .get_template("theory.html")
-        .render(
-            document=document,
-            figures=figures,
-            titles=TITLES,
-            captions=CAPTIONS,
-            set_formulas=set_formulas,
-            spec=spec.read_text(encoding="utf-8") if spec.exists() else None,
-            environment=flat(json.loads(environment.read_text("utf-8")))
-            if environment.exists()
-            else [],
-        )
+    return write_page(
+        "theory.html",
+        out_dir,
+        document=document,
+        figures=figures,
+        titles=TITLES,
+        captions=CAPTIONS,
+        set_formulas=set_formulas,
+        **shown,
     )
-    path = out_dir / "report.html"
-    write_text(page, path)
-    return path
 
 
 def set_formulas(text: str) -> str:

@@ -133,12 +133,7 @@ def measure(
         )
         for question in questions
     ]
-    spent = Cost(
-        seconds=engine.cost.seconds - before.seconds,
-        tokens_prefilled=engine.cost.tokens_prefilled - before.tokens_prefilled,
-        tokens_naive=engine.cost.tokens_naive - before.tokens_naive,
-    )
-    return Measurement(items, spent)
+    return Measurement(items, engine.cost.since(before))
 
 
 def ask(model: LanguageModel, plan: Plan) -> Iterator[Question]:

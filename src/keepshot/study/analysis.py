@@ -119,10 +119,8 @@ def clustered_mean(values: Sequence[float] | Vector, clusters: Sequence[object])
     names = np.array([str(cluster) for cluster in clusters])
     families = np.unique(names)
     _check_families(len(families), "a mean over models")
-    left = np.array([y[names != family].mean() for family in families])
-    count = len(families)
-    error = float(np.sqrt((count - 1) / count * np.sum((left - left.mean()) ** 2)))
-    reach, value = float(stats.t.ppf(0.975, count - 1)) * error, float(y.mean())
+    reach = _jackknife_reach([y[names != family].mean() for family in families])
+    value = float(y.mean())
     return Interval(value, value - reach, value + reach)
 
 
@@ -146,11 +144,9 @@ def mixed_model(frame: pd.DataFrame) -> MixedModel:
         )
     fitted = _fit(frame)
     slope, wald = float(fitted.params["base"]), float(fitted.bse["base"])
-    left = np.array([_slope_within(frame.loc[family_of_row != f]) for f in families])
-    count = len(families)
-    jackknife = float(np.sqrt((count - 1) / count * np.sum((left - left.mean()) ** 2)))
+    left_out = [_slope_within(frame.loc[family_of_row != f]) for f in families]
     wald = wald if np.isfinite(wald) else 0.0
-    reach = max(1.96 * wald, float(stats.t.ppf(0.975, count - 1)) * jackknife)
+    reach = max(1.96 * wald, _jackknife_reach(left_out))
     variances = dict(zip(fitted.model.exog_vc.names, fitted.vcomp, strict=True))
     return MixedModel(
         slope=Interval(slope, slope - reach, slope + reach),
@@ -198,6 +194,13 @@ def bound(
         for values in (levels[0], levels[1], levels[0] - levels[1])
     )
     return Bound(beyond, control, excess, num_draws - 1, num_items)
+
+
+def _jackknife_reach(left_out: Sequence[float]) -> float:
+    """Return half the width of the interval of a value, from it without each family in turn."""
+    left, count = np.asarray(left_out, dtype=np.float64), len(left_out)
+    error = float(np.sqrt((count - 1) / count * np.sum((left - left.mean()) ** 2)))
+    return float(stats.t.ppf(0.975, count - 1)) * error
 
 
 def _check_families(count: int, what: str) -> None:

@@ -198,8 +198,7 @@ class StudyDirectory:
         """Delete the records of units, and what is known of attempts; they are done again."""
         with self._lock():
             for unit in units:
-                if not self._is_held(unit):
-                    self._claim_path(unit).unlink(missing_ok=True)
+                self._drop_claim_left(unit)
                 self._attempts_path(unit).unlink(missing_ok=True)
                 (self.path / "units" / f"{unit}.json").unlink(missing_ok=True)
                 self._known.pop(unit, None)
@@ -278,8 +277,7 @@ class StudyDirectory:
         """
         with self._lock():
             for path in (self.path / "claims").glob("[!.]*"):
-                if not self._is_held(path.name):
-                    path.unlink(missing_ok=True)
+                self._drop_claim_left(path.name)
 
     # -- attempts that came to nothing -------------------------------------------------------
 
@@ -315,6 +313,11 @@ class StudyDirectory:
         with contextlib.suppress(FileNotFoundError):
             return probe.stat().st_mtime - path.stat().st_mtime < self._stale_seconds
         return False
+
+    def _drop_claim_left(self, unit: str) -> None:
+        """Delete a claim whose runner is gone; the lock must be held."""
+        if not self._is_held(unit):
+            self._claim_path(unit).unlink(missing_ok=True)
 
     def _read_claim(self, unit: str) -> Claimed | None:
         try:
