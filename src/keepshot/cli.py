@@ -293,7 +293,7 @@ def study(
     if status:
         from keepshot.jobs.study import status_of
 
-        return show_status(*status_of(spec, store, place), as_json)
+        return show_status(*status_of(spec, store, place, analysed=as_json), as_json)
     with watching(as_json) as watch:
         watch.stage("starting")
         if plan:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from keepshot.records import JudgeDocument, ResultDocument
+from keepshot.report.answer import sentences
 from keepshot.report.terminal import (
     instructions_table,
     path_table,
@@ -18,11 +19,14 @@ from keepshot.report.terminal import (
     summary_table,
     theory_tables,
 )
-from keepshot.report.words import duration
+from keepshot.report.words import count, duration
 from keepshot.study.document import StudyDocument
 from keepshot.study.runner import Tally
 from keepshot.study.tables import FIGURES, figures, grouped, name_of
 from keepshot.theory.document import TheoryDocument
+
+MOST_TABLES = 12
+"""Of a study's arms; a report has all."""
 
 
 def show_document(document: ResultDocument, out_dir: Path | None) -> None:
@@ -91,9 +95,10 @@ def show_theory(document: TheoryDocument, out_dir: Path) -> None:
 
 
 def show_study(document: StudyDocument, out_dir: Path | None) -> None:
-    """Print a study's arms by model and target, what failed, and where the report lies."""
+    """Print what a study found, its arms by model and target, and where the report lies."""
     console = Console()
-    for title, arms in grouped(document.arms):
+    tables = list(grouped(document.arms))
+    for title, arms in tables[:MOST_TABLES]:
         table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("arm", min_width=16, no_wrap=True, overflow="ellipsis")
         for name in FIGURES:
@@ -101,8 +106,13 @@ def show_study(document: StudyDocument, out_dir: Path | None) -> None:
         for arm in arms:
             table.add_row(Text(name_of(arm)), *(Text(figure) for figure in figures(arm)))
         console.print(table)
+    if len(tables) > MOST_TABLES:
+        more = count(len(tables) - MOST_TABLES, "more table")
+        console.print(f"{more} of arms: see the report, or --json\n", highlight=False)
     if document.instructions:
         console.print(instructions_table(document))
+    for sentence in sentences(document.findings):
+        console.print(Text(sentence))
     for failure in document.failures:
         reason = failure["reason"].splitlines()[0]
         console.print(escape(f"failed: {failure['label']}: {reason}"), highlight=False)

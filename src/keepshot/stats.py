@@ -17,6 +17,8 @@ from scipy import stats as scipy_stats
 
 Matrix = NDArray[np.float64]
 NUM_RESAMPLES = 4000
+_ZERO = 1e-9
+"""A sum of scores up to this is none."""
 Resampled = tuple[float, NDArray[np.float64]]
 """A figure, and that of every resample, [NUM_RESAMPLES]."""
 
@@ -116,9 +118,14 @@ def kept(after: Resampled, before: Resampled, chance: float) -> Resampled | None
         None where the model before tuning is not reliably above chance.
     """
     above = before[1] - chance
-    if float(np.quantile(above, 0.025)) <= 0.0:
+    if float(np.quantile(above, 0.025)) <= _ZERO:
         return None
-    return (after[0] - chance) / (before[0] - chance), (after[1] - chance) / above
+    # Of a resample with nothing to keep the share could be anything: as large as any is the
+    # cautious reading, and there are fewer of them than the interval leaves out.
+    nothing = above <= _ZERO
+    shares = (after[1] - chance) / np.where(nothing, 1.0, above)
+    shares[nothing] = shares[~nothing].max()
+    return (after[0] - chance) / (before[0] - chance), shares
 
 
 def resampled_over_tasks(

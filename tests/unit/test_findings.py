@@ -144,6 +144,19 @@ def test_too_few_draws_for_the_bound_are_named(known: Findings):
     assert over.excess.value == pytest.approx(over.beyond.value - over.control.value)
 
 
+def test_the_bound_takes_the_ask_with_the_most_draws():
+    items = made_items(12, 5, 6, families=4, draws=4)
+    gold = (items["stage"] == "base") & (items["setting"] == "gold")
+    few = items[~gold | (items["seed"] < 2)]
+    more = items[gold & items["item"].isin(sorted(set(items["item"]))[:4])].assign(ask="draws")
+    found = findings(pd.concat([few, more], ignore_index=True), DOMAINS)
+    assert found is not None
+    (comparison,) = [one for one in found.comparisons if one.models == "all"]
+    assert "draws" not in comparison.first, "the question is asked of one ask's items"
+    assert comparison.bound is not None
+    assert (comparison.bound.num_draws, comparison.bound.num_items) == (3, 4 * 5)
+
+
 def test_what_explains_the_tuned_score_is_its_base(known: Findings):
     shares = {one.cause: one for one in known.comparisons[0].shares}
     assert set(shares) == {"base few-shot score", "size (log parameters)", "recipe", "unexplained"}

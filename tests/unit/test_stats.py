@@ -40,6 +40,17 @@ def test_retention_subtracts_chance() -> None:
     assert kept.value == pytest.approx((0.65 - 0.5) / (0.8 - 0.5))
 
 
+def test_retention_stays_a_number_where_some_resamples_have_nothing_to_keep() -> None:
+    before = [np.array([[1.0] * 4 + [0.0] * 36])]
+    after = [np.array([[1.0] * 3 + [0.0] * 37])]
+    resampled = stats.resampled_over_tasks([before], np.random.default_rng(0))[0][1]
+    assert 0 < (resampled == 0.0).sum() < 0.025 * len(resampled), "the case that is meant"
+    kept = stats.retention(after, before, [0.0], np.random.default_rng(0))
+    assert kept is not None
+    assert kept.value == pytest.approx(0.75)
+    assert 0.0 <= kept.low < kept.value < kept.high <= 1.0
+
+
 def test_retention_of_a_model_at_chance_is_undefined() -> None:
     before = [np.array([[1.0, 0.0] * 20])]
     assert stats.retention(before, before, [0.5], np.random.default_rng(0)) is None

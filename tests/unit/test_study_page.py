@@ -10,7 +10,8 @@ import pytest
 
 from cohorts import made_items
 from command import status
-from keepshot.report.study import read_study, sentences, write_study_report
+from keepshot.report.answer import sentences
+from keepshot.report.study import read_study, write_study_report
 from keepshot.study.document import StudyArm, StudyDocument
 from keepshot.study.findings import findings
 from keepshot.study.tables import markdown

@@ -141,8 +141,16 @@ def opened(spec: StudySpec, out_dir: Path) -> StudyDirectory:
     return StudyDirectory(out_dir)
 
 
-def status_of(spec: StudySpec, store: AssetStore, out_dir: Path) -> tuple[Tally, StudyDocument]:
+def status_of(
+    spec: StudySpec, store: AssetStore, out_dir: Path, *, analysed: bool
+) -> tuple[Tally, StudyDocument]:
     """Return how far the study in a directory is, and its results so far.
+
+    Args:
+        spec: the study.
+        store: of the models.
+        out_dir: where it lies.
+        analysed: with what its tuned models and bases have in common, which takes a while.
 
     Raises:
         StudyError: if none lies there, one of another study, or a record of another version.
@@ -151,7 +159,7 @@ def status_of(spec: StudySpec, store: AssetStore, out_dir: Path) -> tuple[Tally,
     grid = grid_of(spec, store)
     overhead = overhead_of(directory.records(grid.units).values())
     far = replace(tally(grid, directory), overhead=overhead)
-    return far, document_of(spec, grid, directory)[0]
+    return far, document_of(spec, grid, directory, analysed=analysed)[0]
 
 
 def finish(spec: StudySpec, grid: Grid, directory: StudyDirectory) -> StudyDocument:
@@ -168,13 +176,14 @@ def finish(spec: StudySpec, grid: Grid, directory: StudyDirectory) -> StudyDocum
 
 
 def document_of(
-    spec: StudySpec, grid: Grid, directory: StudyDirectory
+    spec: StudySpec, grid: Grid, directory: StudyDirectory, *, analysed: bool = True
 ) -> tuple[StudyDocument, tuple[Frame, Frame]]:
     """Return a study's results so far, and its frames of items and of scores."""
     records = directory.records(grid.units)
     items = item_frame(spec, grid, records, directory.rows)
     followed = rows_of(spec, grid, directory)
     failed = failures(grid, directory)
+    domains = {name: entry.domain for name, entry in CATALOG.items()}
     versions = sorted({record.keepshot for record in records.values()})
     notes = [f"Units were done by keepshot {' and '.join(versions)}."] if len(versions) > 1 else []
     document = StudyDocument(
@@ -184,7 +193,7 @@ def document_of(
         done=len(records) - len(failed),
         failed=len(failed),
         arms=arms(spec, grid, items, records),
-        findings=findings(items, {name: entry.domain for name, entry in CATALOG.items()}),
+        findings=findings(items, domains) if analysed else None,
         failures=[
             {"unit": r.unit, "label": r.label, "reason": r.reason or "", "trace": r.trace or ""}
             for r in failed

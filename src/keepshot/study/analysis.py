@@ -18,7 +18,7 @@ import pandas as pd
 import statsmodels.formula.api as smf
 from numpy.typing import NDArray
 from scipy import stats
-from statsmodels.tools.sm_exceptions import ConvergenceWarning
+from statsmodels.tools.sm_exceptions import ConvergenceWarning, SingularMatrixWarning
 
 from keepshot.errors import StudyError
 from keepshot.stats import Interval, percentiles
@@ -251,6 +251,7 @@ def _fit(frame: pd.DataFrame) -> Any:
         warnings.filterwarnings("ignore", message="The MLE may be on the boundary")
         # Said by `converged`; a Hessian without an inverse gives no Wald interval.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", SingularMatrixWarning)
         return model.fit(reml=True)
 
 

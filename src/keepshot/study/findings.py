@@ -7,7 +7,7 @@ none depends on which others are asked for. What cannot be said is a note, never
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -124,11 +124,16 @@ class _Analysis:
         if models != "all":
             return found
         try:
-            over = beyond(self.cohort, pair.first, pair.second)
+            over = beyond(self.cohort, self._most_drawn(pair.first), pair.second)
         except StudyError as error:
             self.note(f"{names[1]} against {names[0]}, the bound", error)
             return found
         return found.model_copy(update={"bound": over})
+
+    def _most_drawn(self, asked: Condition) -> Condition:
+        """Return the ask of the same setting and shots with the most draws of demonstrations."""
+        same = [c for c in self.cohort.asked if replace(c, ask=asked.ask) == asked]
+        return max(same, key=lambda c: (self.cohort.asked[c].rows["seed"].nunique(), c == asked))
 
     def name(self, condition: Condition) -> str:
         return condition.words + (f" ({condition.ask})" if self.several else "")
