@@ -55,7 +55,14 @@ def _study_tables(studies: Sequence[Path]) -> dict[str, pa.Table]:
         parts = [_named(read_item_table(place / file), place.name) for place in places]
         if parts:
             # Studies differ in their tags, which are columns too.
-            found[name] = pa.concat_tables(parts, promote_options="permissive")
+            try:
+                found[name] = pa.concat_tables(parts, promote_options="permissive")
+            except pa.ArrowTypeError as error:
+                first = str(error).splitlines()[0]
+                raise ConfigError(
+                    f"query: studies have a column of one name and two kinds: {first};\n"
+                    "query one of them at a time"
+                ) from None
     return found
 
 

@@ -41,6 +41,13 @@ def test_a_mixed_model_needs_families():
         mixed_model(frame)
 
 
+def test_a_slope_that_rests_on_one_family_has_no_interval():
+    frame = study(np.random.default_rng(0), families=4)
+    frame.loc[frame["family"] != "f0", "base"] = 0.1
+    with pytest.raises(StudyError, match="differ by one family alone"):
+        mixed_model(frame)
+
+
 def test_shares_of_independent_causes_are_their_own():
     rng = np.random.default_rng(0)
     first, second, noise = rng.standard_normal((3, 4000))

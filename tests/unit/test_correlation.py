@@ -176,3 +176,21 @@ def test_a_perfect_correlation_is_no_failure():
     assert isinstance(found, Correlation)
     assert found.value == pytest.approx(1.0)
     assert found.low > 0.99
+    assert found.low <= found.value <= found.high
+    # Its resamples do not scatter; of the 24 orders of four families, two agree as well.
+    assert found.p_value == pytest.approx(2 / 24)
+
+
+def test_a_score_that_few_families_make_vary_has_no_interval():
+    """Where one family alone differs, a third of the resamples say nothing, and the rest the same.
+
+    So it was for scores freed from size in three families: an interval of no width.
+    """
+    x, y = np.repeat([0.1, 0.5, 0.3], 4), np.random.default_rng(0).random(12)
+    family, size = np.repeat([*"abc"], 4), np.repeat([3.0, 4.0, 7.0], 4)
+    assert correlate(x, y, family, np.random.default_rng(0)).num_clusters == 3
+    with pytest.raises(StudyError, match="of the resamples of families nothing varies"):
+        correlate(x, y, family, np.random.default_rng(0), given=size[:, None])
+    alone = np.where(np.arange(12) < 1, 1.0, 0.0)
+    with pytest.raises(StudyError, match="too few families differ"):
+        correlate(alone, y, np.repeat(range(6), 2), np.random.default_rng(0))

@@ -13,7 +13,7 @@ from keepshot import stats
 from keepshot.errors import StudyError
 from keepshot.study.analysis import attribute, bound, clustered_mean
 from keepshot.study.cohort import Condition, _noise, cohort  # pyright: ignore[reportPrivateUsage]
-from keepshot.study.evidence import CorrelationFinding, Findings, Kind
+from keepshot.study.evidence import CorrelationFinding, Findings, Kind, is_finite
 from keepshot.study.findings import NO_PAIRS, correlated, findings, pairs_of
 
 DOMAINS = {f"task-{number:02d}": f"kind {number % 3}" for number in range(24)}
@@ -157,6 +157,64 @@ def test_the_bound_takes_the_ask_with_the_most_draws():
     assert (comparison.bound.num_draws, comparison.bound.num_items) == (3, 4 * 5)
 
 
+def test_an_ask_of_other_tasks_does_not_take_the_bound_away():
+    items = made_items(12, 5, 6, families=4, draws=3)
+    elsewhere = made_items(12, 3, 6, families=4, draws=5)
+    elsewhere = elsewhere[(elsewhere["stage"] == "base") & (elsewhere["setting"] == "gold")]
+    other = elsewhere.assign(ask="elsewhere", task="other " + elsewhere["task"])
+    found = findings(pd.concat([items, other], ignore_index=True), DOMAINS)
+    assert found is not None
+    over = found.comparisons[0].bound
+    assert over is not None
+    assert (over.num_draws, over.num_items) == (2, 30)
+
+
+def test_a_model_with_one_score_on_all_tasks_is_left_out_of_both_kinds():
+    """0.3 less the mean of seven times 0.3 is not 0, and no correlation can be made of that."""
+    items = made_items(12, 7, 10, families=4)
+    one = items["model"] == "model-002"
+    items.loc[one, "correct"] = (items.loc[one, "item"].str[1:].astype(int) < 3).astype(float)
+    found = findings(items, DOMAINS)
+    assert found is not None
+    within = {one.kind: one for one in found.comparisons[0].within}
+    assert {one.num_left_out for one in within.values()} == {1}
+    assert within["pearson"].num_models == within["spearman"].num_models == 11
+
+
+def test_a_task_that_one_model_solves_does_not_take_the_others_away():
+    items = made_items(12, 5, 6, families=6)
+    on = items["task"] == "task-02"
+    items.loc[on, "correct"] = (items.loc[on, "model"] == "model-004").astype(float)
+    found = findings(items, DOMAINS)
+    assert found is not None
+    assert [one.task for one in found.comparisons[0].by_task] == [
+        "task-00", "task-01", "task-03", "task-04",
+    ]  # fmt: skip
+
+
+def test_what_is_no_number_cannot_be_a_finding(known: Findings):
+    assert is_finite(known)
+    assert is_finite({"value": np.float64(0.5), "names": ["a"], "given": None})
+    broken = known.correlations[0].model_copy(update={"ci95": (0.1, float("nan"))})
+    assert not is_finite([broken])
+    assert not is_finite({"slope": (float("inf"), 1)})
+
+
+def test_what_is_made_by_ties_alone_can_be_read_again():
+    """Scores that are all 0 or 1, the same for most models, or those of the base."""
+    for change in ("all", "most", "same"):
+        items = made_items(8, 4, 4, families=4, draws=3)
+        number = items["model"].str[-3:].astype(int)
+        chosen = {
+            "all": number < 4,
+            "most": number == 1,
+            "same": items["item"].str[1:].astype(int) * 2 < number,
+        }[change]
+        found = findings(items.assign(correct=chosen.astype(float)), DOMAINS)
+        assert found is not None
+        assert Findings.model_validate_json(found.model_dump_json()) == found
+
+
 def test_what_explains_the_tuned_score_is_its_base(known: Findings):
     shares = {one.cause: one for one in known.comparisons[0].shares}
     assert set(shares) == {"base few-shot score", "size (log parameters)", "recipe", "unexplained"}
@@ -193,6 +251,16 @@ def test_models_that_write_their_own_examples_stand_apart():
         if {one.first, one.second} == {"tuned direct", "samplegen"}
     ]
     assert {one.num_points for one in both} == {16}, "joined by their base"
+
+
+def test_a_model_taught_to_write_stands_apart_where_what_it_wrote_failed():
+    """It was taken for an instruction-tuned one until its other measurement was there."""
+    items = made_items(16, 5, 6, families=4)
+    writers = items[(items["stage"] == "tuned") & (items["setting"] == "direct")].copy()
+    writers = writers.assign(recipe="writes", samples="samplegen")
+    tuned = items.assign(samples=np.where(items["stage"] == "tuned", "plain", None))
+    found = findings(pd.concat([tuned, writers], ignore_index=True), DOMAINS)
+    assert asked(found)[0].num_points == 16
 
 
 def test_a_study_without_the_question_says_so():

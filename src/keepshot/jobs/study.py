@@ -31,7 +31,7 @@ from keepshot.study.costs import overhead_of
 from keepshot.study.directory import StudyDirectory
 from keepshot.study.document import RECORD, StudyDocument
 from keepshot.study.findings import findings
-from keepshot.study.frame import Frame, item_frame, score_frame, write_frames
+from keepshot.study.frame import Frame, check_tags, item_frame, score_frame, write_frames
 from keepshot.study.grid import Grid, check_size, expand, names_in
 from keepshot.study.runner import Tally, Terms, Watch, failures, tally, work
 from keepshot.study.spec import StudySpec, check_patterns
@@ -102,9 +102,11 @@ def grid_of(spec: StudySpec, store: AssetStore) -> Grid:
 
     Raises:
         ConfigError: if it is empty, or a pattern matches nothing.
+        StudyError: if a tag cannot be a column.
         TaskError: if a file is missing.
     """
     check_patterns(spec)
+    check_tags(spec)
     contents = set_contents(spec)
     embedders = [ask.similarity for ask in spec.asks.values()]
     for reference in {*(model.reference for model in spec.models), *embedders}:

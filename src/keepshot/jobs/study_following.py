@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from keepshot import records
 from keepshot.assets import AssetStore
 from keepshot.judging.follow import Examiner, load_set
 from keepshot.models.loading import LanguageModel
-from keepshot.records import InstructionRow
+from keepshot.records import InstructionRow, read_instructions
 from keepshot.scoring.engine import Engine
 from keepshot.study.directory import StudyDirectory
 from keepshot.study.grid import Grid, Unit
@@ -91,13 +90,14 @@ def rows_of(spec: StudySpec, grid: Grid, directory: StudyDirectory) -> list[Inst
     The ask is part of the name where several put instructions.
     """
     several = sum(ask.following is not None for ask in spec.asks.values()) > 1
+    # At once: the directory is listed each time, and has many files.
+    records = directory.records({cell.unit for cell in grid.cells})
     found: list[InstructionRow] = []
     for cell in grid.cells:
-        path = directory.instructions(cell.unit)
-        record = directory.records([cell.unit]).get(cell.unit)
+        path, record = directory.instructions(cell.unit), records.get(cell.unit)
         if record is None or record.status != "done" or not path.exists():
             continue
         name = replace(cell.subject, lam=None).label
         arm = f"{name}: {cell.ask}" if several else name
-        found += [replace(row, arm=arm) for row in records.read_instructions(path)]
+        found += [replace(row, arm=arm) for row in read_instructions(path)]
     return found

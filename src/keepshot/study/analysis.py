@@ -134,7 +134,8 @@ def mixed_model(frame: pd.DataFrame) -> MixedModel:
     the scatter of slopes when each family is left out, with Student's t for G - 1 families.
 
     Raises:
-        StudyError: with fewer than three families or two tasks.
+        StudyError: with fewer than three families or two tasks, or where the slope rests on one
+            family.
     """
     family_of_row = frame["family"].astype(str).to_numpy()
     families, num_tasks = np.unique(family_of_row), len(set(frame["task"]))
@@ -145,6 +146,11 @@ def mixed_model(frame: pd.DataFrame) -> MixedModel:
     fitted = _fit(frame)
     slope, wald = float(fitted.params["base"]), float(fitted.bse["base"])
     left_out = [_slope_within(frame.loc[family_of_row != f]) for f in families]
+    if not np.isfinite([slope, *left_out]).all():
+        raise StudyError(
+            "within tasks base scores differ by one family alone, or not at all, so that the slope "
+            "has no interval"
+        )
     wald = wald if np.isfinite(wald) else 0.0
     reach = max(1.96 * wald, _jackknife_reach(left_out))
     variances = dict(zip(fitted.model.exog_vc.names, fitted.vcomp, strict=True))
@@ -246,7 +252,8 @@ def _fit(frame: pd.DataFrame) -> Any:
     effects = {"family": "0 + C(family)", "task": "0 + C(task)"}
     everything = np.ones(len(frame))
     model = smf.mixedlm("tuned ~ base", frame, groups=everything, vc_formula=effects)
-    with warnings.catch_warnings():
+    # Of scores that the model explains whole there is no residual; what is no number is refused.
+    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
         # A variance near 0, which is what scores in [0, 1] have, is not a boundary.
         warnings.filterwarnings("ignore", message="The MLE may be on the boundary")
         # Said by `converged`; a Hessian without an inverse gives no Wald interval.
@@ -256,9 +263,13 @@ def _fit(frame: pd.DataFrame) -> Any:
 
 
 def _slope_within(frame: pd.DataFrame) -> float:
-    """Return the slope with tasks as fixed effects: quick, and close to the mixed model's."""
+    """Return the slope with tasks as fixed effects: quick, and close to the mixed model's.
+
+    NaN where base scores do not vary within tasks.
+    """
     base, tuned = (
         frame[name].to_numpy(float) - frame.groupby("task")[name].transform("mean").to_numpy(float)
         for name in ("base", "tuned")
     )
-    return float(base @ tuned / (base @ base))
+    squares = float(base @ base)
+    return float(base @ tuned) / squares if squares > 1e-12 * len(base) else float("nan")

@@ -5,7 +5,7 @@ Arms that were asked the same are resampled together, so that hundreds of them t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,7 @@ def arms(
     items = items[~items["setting"].isin(WRITTEN)]
     seconds = _seconds(grid, records)
     blocks = _blocks(items)
+    worded = {name for name, ask in spec.asks.items() if ask.template is not None}
     rows: list[_Row] = []
     for model in spec.models:
         base_of = (model.label, None, None, None)
@@ -75,7 +76,7 @@ def arms(
                     "model": model.label, "target": target_name(target), "recipe": who[2],
                     "lam": who[3], "tuning_seconds": float(np.mean(spent)) if spent else None,
                 }  # fmt: skip
-                rows += _rows(items, blocks[who], blocks[base_of], fields)
+                rows += _rows(items, blocks[who], blocks[base_of], fields, worded)
     _resample_(rows)
     return [StudyArm(**row.fields, **row.found) for row in rows]
 
@@ -109,8 +110,10 @@ def _blocks(items: Frame) -> dict[_Who, dict[tuple[str, str, int, str], _Block]]
     found: dict[_Who, dict[tuple[str, str, int, str], _Block]] = {}
     for start, end in zip(starts, [*starts[1:], len(order)], strict=True):
         places = order[start:end]
-        num_items = len(np.unique(item[places]))
-        table = item[places].reshape(-1, num_items)
+        num_rows = len(set(zip(tuning_seed[places], draw[places], strict=True)))
+        # By rows and not by names: a file may hold the same question and answer twice.
+        assert len(places) % num_rows == 0, "every draw must see as many items"
+        table = item[places].reshape(num_rows, -1)
         assert (table == table[0]).all(), "every draw must see the same items"
         of: list[Any] = [
             None if pd.isna(column[places[0]]) else column[places[0]] for column in columns
@@ -118,7 +121,7 @@ def _blocks(items: Frame) -> dict[_Who, dict[tuple[str, str, int, str], _Block]]
         model, target, recipe, lam, ask, split, shots, task = of
         block = _Block(
             places,
-            values["correct"][start:end].reshape(-1, num_items),
+            values["correct"][start:end].reshape(num_rows, -1),
             chance=float(values["chance"][start:end].mean()),
             format_failure=float(values["format_failure"][start:end].mean()),
             label_leakage=float(values["label_leakage"][start:end].mean()),
@@ -134,6 +137,7 @@ def _rows(
     own: Mapping[tuple[str, str, int, str], _Block],
     base: Mapping[tuple[str, str, int, str], _Block],
     fields: Mapping[str, Any],
+    worded: Collection[str],
 ) -> Iterator[_Row]:
     """Yield an arm's rows; the task that it was tuned for is its target, and not one of them."""
     target = fields["target"]
@@ -150,7 +154,7 @@ def _rows(
             if same is not None:
                 before.append(np.tile(same.matrix, (size // len(same.matrix), 1)))
         if split not in scores:
-            scores[split] = _target_score(items, own, target, split)
+            scores[split] = _target_score(items, own, target, split, worded)
         score, num_asked = scores[split]
         yield _Row(
             fields={
@@ -192,22 +196,27 @@ def _resample_(rows: Sequence[_Row]) -> None:
 
 
 def _target_score(
-    items: Frame, own: Mapping[tuple[str, str, int, str], _Block], target: str, split: str
+    items: Frame,
+    own: Mapping[tuple[str, str, int, str], _Block],
+    target: str,
+    split: str,
+    worded: Collection[str],
 ) -> tuple[stats.Interval | None, int]:
-    """Return the mean of the target's score (of one seed with Wilson's interval), and its items."""
-    places = [
-        block.places
-        for (_, of, shots, task), block in own.items()
+    """Return the mean of the target's score (of one seed with Wilson's interval), and its items.
+
+    Of several asks it is that of most seeds and items: those of another need not be the same.
+    """
+    # Of the task's own wording: asks of variants come apart, those of templates come last.
+    asked = {
+        (ask not in worded, block.num_seeds, block.matrix.shape[1]): block
+        for (ask, of, shots, task), block in own.items()
         if (of, shots, task) == (split, 0, target)
-    ]
-    if not places:
+        and items["setting"].iloc[block.places[0]] == "direct"
+    }
+    if not asked:
         return None, 0
-    rows = items.iloc[np.sort(np.concatenate(places))]
-    # Of the task's own wording: asks of variants come apart.
-    rows = rows[rows["setting"] == "direct"]
-    if rows.empty:
-        return None, 0
-    once = rows.drop_duplicates(["tuning_seed", "item"])
+    most = asked[max(asked)]
+    once = items.iloc[np.sort(most.places)].drop_duplicates(["tuning_seed", "item"])
     if once["tuning_seed"].nunique() <= 1:
         return stats.proportion(float(once["correct"].sum()), len(once)), len(once)
     generator = np.random.default_rng(BOOTSTRAP_SEED)

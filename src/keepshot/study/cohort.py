@@ -16,6 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from keepshot.study.asks import WRITTEN
+from keepshot.tuning.samplegen import is_plain
 
 Frame: TypeAlias = Any
 Vector = NDArray[np.float64]
@@ -214,6 +215,8 @@ def cohort(items: Frame) -> Cohort | None:
     own_UT = np.zeros((len(subjects), len(tasks)), dtype=bool)
     own_UT[units[~is_base], codes[~is_base]] = tuned["is_target"].to_numpy(bool)
     writes = tuned["setting"].isin(WRITTEN).to_numpy()
+    if "samples" in tuned:  # what was written may have failed, or not be asked yet
+        writes = writes | ~tuned["samples"].map(is_plain).to_numpy(bool)
     sampling = np.isin(units, units[~is_base][writes]) & ~is_base
     of = np.where(is_base, "base", np.where(sampling, "sampling", "tuned"))
     keyed = pd.DataFrame(

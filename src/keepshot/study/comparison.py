@@ -28,6 +28,7 @@ from keepshot.study.evidence import (
     StudyPoint,
     TaskFinding,
     Within,
+    is_finite,
 )
 
 SEED = 7
@@ -57,7 +58,10 @@ def compare(
 
     def attempt(part: str, work: Callable[[], Any]) -> Any:
         try:
-            return work()
+            found = work()
+            if not is_finite(found):
+                raise StudyError("a figure of it is no number")
+            return found
         except (StudyError, np.linalg.LinAlgError) as error:
             note(f"{what}, {part}", error)
             return None
@@ -130,7 +134,8 @@ def _within(pairing: Pairing, kind: Kind) -> Within:
         first, second = (stats.rankdata(scores, axis=1) for scores in (first, second))
     one, two = (scores - scores.mean(axis=1, keepdims=True) for scores in (first, second))
     scale = np.sqrt((one**2).sum(axis=1) * (two**2).sum(axis=1))
-    there = scale > 0.0
+    # By the scores themselves: rounding leaves something of a mean that is taken out.
+    there = (np.ptp(first, axis=1) > 0.0) & (np.ptp(second, axis=1) > 0.0)
     values = (one * two).sum(axis=1)[there] / scale[there]
     families = pairing.units["family"][there].tolist()
     return Within(
@@ -146,30 +151,46 @@ def _within(pairing: Pairing, kind: Kind) -> Within:
 def _by_task(
     pairing: Pairing, shared: Mapping[str, str], domains: Sequence[str]
 ) -> list[TaskFinding]:
-    """Return each task over models; tasks on which all models are alike are left out."""
+    """Return each task over models; tasks on which too few families differ are left out."""
     families = pairing.units["family"].tolist()
-    rows: list[dict[str, Any]] = []
-    for place, task in enumerate(pairing.tasks):
-        x, y = pairing.first_PT[:, place], pairing.second_PT[:, place]
-        if np.ptp(x) > 0.0 and np.ptp(y) > 0.0:
-            rows.append(
-                {**shared, "task": task, "domain": domains[place], **_tested(x, y, families)}
-            )
+    tested = _all_tested(pairing.first_PT.T, pairing.second_PT.T, families)
+    rows = [
+        {**shared, "task": pairing.tasks[place], "domain": domains[place], **found}
+        for place, found in tested.items()
+    ]
     return with_adjusted(rows, lambda row: "all", TaskFinding)
 
 
 def _by_model(
     pairing: Pairing, shared: Mapping[str, str], domains: Sequence[str]
 ) -> list[ModelFinding]:
-    """Return each model over tasks; models that are alike on all tasks are left out."""
+    """Return each model over tasks; models that are alike on all or most tasks are left out."""
     alike = len(set(domains)) >= FEWEST_CLUSTERS
     clusters = list(domains) if alike else list(pairing.tasks)
-    rows: list[dict[str, Any]] = []
-    for place in range(len(pairing.units)):
-        x, y = pairing.first_PT[place], pairing.second_PT[place]
-        if np.ptp(x) > 0.0 and np.ptp(y) > 0.0:
-            rows.append({**shared, "point": place, **_tested(x, y, clusters)})
+    tested = _all_tested(pairing.first_PT, pairing.second_PT, clusters)
+    rows = [{**shared, "point": place, **found} for place, found in tested.items()]
     return with_adjusted(rows, lambda row: "all", ModelFinding)
+
+
+def _all_tested(
+    first_RN: Vector, second_RN: Vector, clusters: Sequence[object]
+) -> dict[int, dict[str, Any]]:
+    """Return the rows that have a correlation, by place.
+
+    Raises:
+        StudyError: if none of those that vary has one.
+    """
+    found: dict[int, dict[str, Any]] = {}
+    refused: StudyError | None = None
+    for place, (x, y) in enumerate(zip(first_RN, second_RN, strict=True)):
+        if np.ptp(x) > 0.0 and np.ptp(y) > 0.0:
+            try:
+                found[place] = _tested(x, y, clusters)
+            except StudyError as error:
+                refused = error
+    if refused is not None and not found:
+        raise refused
+    return found
 
 
 def _tested(x: Vector, y: Vector, clusters: Sequence[object]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import exp, lgamma
 from typing import Literal
 
 import numpy as np
@@ -25,6 +26,8 @@ Kind = Literal["spearman", "pearson"]
 NUM_RESAMPLES = 1000
 FEWEST_POINTS = 5
 FEWEST_CLUSTERS = 3
+FEWEST_RESAMPLES = 0.8
+"""Share of the resamples in which both scores must vary."""
 _ALMOST_ONE = 1.0 - 1e-9
 
 
@@ -37,7 +40,8 @@ class Correlation:
     low: float
     high: float
     p_value: float
-    """Two-sided, of no correlation, from the same standard error as the interval."""
+    """Two-sided, of no correlation, from the same standard error as the interval; where all
+    resamples agree, as of a perfect correlation, 2 in all orders of the clusters."""
     num_points: int
     num_clusters: int
 
@@ -68,8 +72,8 @@ def correlate(
             are freed from first (partial correlation; of ranks throughout for `spearman`).
 
     Raises:
-        StudyError: with fewer than five points or three clusters, a score that is not finite, or
-            one that is the same for all models.
+        StudyError: with fewer than five points or three clusters, a score that is not finite, one
+            that is the same for all models, or one that only few clusters make vary.
     """
     x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     covariates = np.zeros((len(x), 0)) if given is None else np.asarray(given, dtype=np.float64)
@@ -86,11 +90,20 @@ def correlate(
     resampled = _fisher(estimate(draws @ members))
     # A resample in which a score does not vary has no correlation.
     resampled = resampled[np.isfinite(resampled)]
+    if np.isfinite(value) and len(resampled) < FEWEST_RESAMPLES * NUM_RESAMPLES:
+        share_without = 1.0 - len(resampled) / NUM_RESAMPLES
+        raise StudyError(
+            f"in {share_without:.0%} of the resamples of families nothing varies in one of the "
+            "scores: too few families differ for an interval"
+        )
     error = float(resampled.std(ddof=1)) * np.sqrt(num_clusters / (num_clusters - 1))
     middle = float(_fisher(np.array([value]))[0])
     reach = error * float(stats.t.ppf(0.975, num_clusters - 1))
-    low, high = np.tanh(middle - reach), np.tanh(middle + reach)
-    p_value = 2.0 * float(stats.t.sf(abs(middle) / max(error, 1e-12), num_clusters - 1))
+    low, high = min(np.tanh(middle - reach), value), max(np.tanh(middle + reach), value)
+    if error > 1e-9:
+        p_value = 2.0 * float(stats.t.sf(abs(middle) / error, num_clusters - 1))
+    else:  # no scatter to measure by, as of a perfect correlation
+        p_value = 2.0 * exp(-lgamma(num_clusters + 1)) if value else 1.0
     return Correlation(kind, value, float(low), float(high), p_value, len(x), num_clusters)
 
 

@@ -153,7 +153,10 @@ class StudyDirectory:
                 self._known.pop(unit, None)
                 continue
             if unit not in self._known:
-                self._known[unit] = _read_record(self.path / "units" / f"{unit}.json")
+                try:
+                    self._known[unit] = _read_record(self.path / "units" / f"{unit}.json")
+                except FileNotFoundError:
+                    continue  # forgotten since the listing, by one who does failures again
             found[unit] = self._known[unit]
         return found
 

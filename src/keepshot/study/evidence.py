@@ -5,7 +5,8 @@ Every figure stands with its interval and with the numbers of models, families a
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +18,21 @@ Role = Literal["question", "control", "other"]
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def is_finite(found: Any) -> bool:
+    """Say whether all figures of a finding are numbers, and so can be written as JSON."""
+    match found:
+        case float():
+            return math.isfinite(found)
+        case BaseModel():
+            return all(is_finite(value) for _, value in found)
+        case list() | tuple():
+            return all(is_finite(value) for value in cast("list[Any]", found))
+        case dict():
+            return all(is_finite(value) for value in cast("dict[Any, Any]", found).values())
+        case _:
+            return True
 
 
 class Figure(_Record):

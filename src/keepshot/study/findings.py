@@ -12,6 +12,7 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 from keepshot.errors import StudyError
@@ -20,7 +21,15 @@ from keepshot.study.beyond import beyond
 from keepshot.study.cohort import NOT_DEGRADED, Cohort, Condition, Pairing, cohort
 from keepshot.study.comparison import KINDS, compare, with_adjusted
 from keepshot.study.correlation import Correlation, correlate
-from keepshot.study.evidence import Comparison, CorrelationFinding, Figure, Findings, Kind, Role
+from keepshot.study.evidence import (
+    Comparison,
+    CorrelationFinding,
+    Figure,
+    Findings,
+    Kind,
+    Role,
+    is_finite,
+)
 
 SEED = 7
 HALF_WIDTH = 0.1
@@ -124,16 +133,26 @@ class _Analysis:
         if models != "all":
             return found
         try:
-            over = beyond(self.cohort, self._most_drawn(pair.first), pair.second)
+            over = beyond(self.cohort, self._most_drawn(pair), pair.second)
         except StudyError as error:
             self.note(f"{names[1]} against {names[0]}, the bound", error)
             return found
         return found.model_copy(update={"bound": over})
 
-    def _most_drawn(self, asked: Condition) -> Condition:
-        """Return the ask of the same setting and shots with the most draws of demonstrations."""
-        same = [c for c in self.cohort.asked if replace(c, ask=asked.ask) == asked]
-        return max(same, key=lambda c: (self.cohort.asked[c].rows["seed"].nunique(), c == asked))
+    def _most_drawn(self, pair: Pair) -> Condition:
+        """Return the ask of the same setting and shots with the most draws of demonstrations.
+
+        Of asks that share items with the tuned model's: one of other tasks bounds nothing.
+        """
+        asked, keys = self.cohort.asked, ["task_code", "item"]
+        known = pd.MultiIndex.from_frame(asked[pair.second].rows[keys])
+        draws = {
+            condition: found.rows["seed"].nunique()
+            for condition, found in asked.items()
+            if replace(condition, ask=pair.first.ask) == pair.first
+            and pd.MultiIndex.from_frame(found.rows[keys]).isin(known).any()
+        }
+        return max(draws, key=lambda c: (draws[c], c == pair.first), default=pair.first)
 
     def name(self, condition: Condition) -> str:
         return condition.words + (f" ({condition.ask})" if self.several else "")
@@ -159,6 +178,8 @@ class _Analysis:
             for kind in KINDS:
                 try:
                     found = correlated(part, kind, lambda r, w=what: self.note(w, r))
+                    if not is_finite(found):
+                        raise StudyError("a figure of it is no number")
                 except StudyError as error:
                     self.note(what, error)
                     break

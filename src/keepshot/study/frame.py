@@ -35,6 +35,24 @@ KEPT_COLUMNS = (
 )  # fmt: skip
 
 
+def check_tags(spec: StudySpec) -> None:
+    """Check, before any work, that tags can be columns of the frame.
+
+    Raises:
+        StudyError: if a tag has the name of a column, or values of several kinds.
+    """
+    kinds: dict[str, dict[str, str]] = {}
+    for model in spec.models:
+        for name, value in model.columns.items():
+            kinds.setdefault(name, {}).setdefault(_kind(value), model.label)
+    for name, models in sorted(kinds.items()):
+        if name in {*_columns(), "is_target", "chance"}:
+            raise StudyError(f"tag {name!r} has the name of a column of the frame; rename it")
+        if len(models) > 1:
+            found = ", ".join(f"a {kind} of model {label!r}" for kind, label in models.items())
+            raise StudyError(f"tag {name!r} is {found}; write one kind, since it is one column")
+
+
 def item_frame(
     spec: StudySpec,
     grid: Grid,
@@ -48,9 +66,6 @@ def item_frame(
         grid: the cells.
         records: of the units.
         rows: where a unit's rows are.
-
-    Raises:
-        StudyError: if a tag has the name of a column.
     """
     parts: list[pa.Table] = []
     tags = {name for model in spec.models for name in model.columns}
@@ -59,6 +74,7 @@ def item_frame(
         if record is None or record.status != "done":
             continue
         subject, model = cell.subject, spec.model(cell.subject.model)
+        recipe = spec.recipes[subject.recipe] if subject.recipe is not None else None
         table = read_item_table(rows(cell.unit))
         size = record.model.num_parameters if record.model else 0
         constants: dict[str, tuple[Any, pa.DataType]] = {
@@ -68,6 +84,7 @@ def item_frame(
             "num_parameters": (size, pa.int64()),
             "stage": (subject.stage, pa.string()),
             "recipe": (subject.recipe, pa.string()),
+            "samples": (recipe.samples if recipe else None, pa.string()),
             "target": (subject.target, pa.string()),
             "tuning_seed": (subject.seed, pa.int32()),
             "lam": (subject.lam, pa.float64()),
@@ -79,14 +96,12 @@ def item_frame(
         own = pa.array(np.where(shots == 0, *(ask.setting_at(number) for number in (0, 1))))
         there = "setting" in table.column_names
         columns["setting"] = table["setting"] if there else own
-        columns["num_choices"] = [len(choices) for choices in table["choices"].to_pylist()]
+        num_choices = [len(choices) for choices in table["choices"].to_pylist()]
+        columns["num_choices"] = pa.array(num_choices, pa.int64())
         parts.append(pa.table(columns))
     frame = pa.concat_tables(parts).to_pandas() if parts else pd.DataFrame(columns=_columns())
     num_choices = frame.pop("num_choices").to_numpy(float)
     frame["chance"] = np.where(num_choices > 0.0, 1.0 / np.maximum(num_choices, 1.0), 0.0)
-    clash = sorted(tags & set(frame.columns) | tags & {"is_target"})
-    if clash:
-        raise StudyError(f"tag {clash[0]!r} has the name of a column of the frame; rename it")
     targets = [target_name(target) for target in spec.targets]
     own = frame["target"].map(target_name, na_action="ignore")
     frame["is_target"] = np.where(own.isna(), frame["task"].isin(targets), frame["task"] == own)
@@ -168,7 +183,13 @@ def _repeated(value: Any, count: int, kind: pa.DataType) -> pa.Array:
     return pa.nulls(count, kind) if value is None else pa.repeat(pa.scalar(value, kind), count)
 
 
+def _kind(value: str | int | float | bool) -> str:
+    if isinstance(value, bool):
+        return "truth value"
+    return "text" if isinstance(value, str) else "number"
+
+
 def _columns() -> list[str]:
     made = ("is_target",)
-    named = ["unit", "num_choices", *SCORE_KEYS, *KEPT_COLUMNS]
+    named = ["unit", "samples", "num_choices", *SCORE_KEYS, *KEPT_COLUMNS]
     return [name for name in dict.fromkeys(named) if name not in made]
