@@ -308,6 +308,17 @@ def test_records_of_other_versions_are_refused_by_name(tmp_path: Path) -> None:
     assert tally(grid, StudyDirectory(directory.path)).done == 24
 
 
+def test_a_record_that_is_forgotten_while_others_are_read_is_none(tmp_path: Path) -> None:
+    """Another runner with `--retry` deletes failures: what was listed is gone when it is read."""
+    grid, directory = opened(tmp_path / "s")
+    work(grid, directory, performing(directory, tmp_path / "log", 0.0), Watched())
+    gone = next(iter(grid.units))
+    path = tmp_path / "s" / "units" / f"{gone}.json"
+    path.unlink()
+    path.symlink_to(tmp_path / "nowhere")
+    assert set(StudyDirectory(tmp_path / "s").records(grid.units)) == set(grid.units) - {gone}
+
+
 def test_a_directory_belongs_to_one_study(tmp_path: Path) -> None:
     grid, directory = opened(tmp_path / "s")
     work(grid, directory, performing(directory, tmp_path / "log", 0.0), Watched())
