@@ -114,7 +114,7 @@ def show_study(document: StudyDocument, out_dir: Path | None) -> None:
     for sentence in sentences(document.findings):
         console.print(Text(sentence))
     for failure in document.failures:
-        reason = failure["reason"].splitlines()[0]
+        reason = failure["reason"].partition("\n")[0]
         console.print(escape(f"failed: {failure['label']}: {reason}"), highlight=False)
     left = document.total - document.done - document.failed
     console.print(f"{document.done} done, {document.failed} failed, {left} left", highlight=False)

@@ -20,7 +20,7 @@ from keepshot.errors import OutputError, StudyError, TaskError
 from keepshot.records import read_items
 from keepshot.study.directory import StudyDirectory, UnitRecord, _host
 from keepshot.study.grid import Unit
-from keepshot.study.runner import Outcome, Terms, failures, tally, work
+from keepshot.study.runner import Outcome, Terms, failures, reason_of, tally, work
 from study_work import Watched, opened, performing, row_of
 
 PROGRAM = Path(study_work.__file__)
@@ -113,6 +113,16 @@ def test_a_fault_is_a_record_and_stops_only_what_needs_it(tmp_path: Path) -> Non
     assert work(grid, directory, plain, Watched()).done == 24
     assert sum(events(tmp_path / "log", "begins").values()) == begun + 8 + 1
     check_results(tmp_path / "s")
+
+
+def test_the_reason_is_the_fault_and_not_a_note_that_was_added_to_it() -> None:
+    """An empty note left a reason of no lines, which ended the runner that wanted its first."""
+    for note in ("", "see the manual", "two\nlines"):
+        fault = ValueError("too wide")
+        fault.add_note(note)
+        assert reason_of(fault) == "ValueError: too wide"
+    assert reason_of(AssertionError()) == "AssertionError"
+    assert reason_of(TaskError("")) == "TaskError"
 
 
 def test_a_model_that_cannot_be_made_again_fails_what_needs_it(tmp_path: Path) -> None:

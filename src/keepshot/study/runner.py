@@ -248,7 +248,8 @@ class _Runner:
                 unit, Outcome(), time.perf_counter() - began, claim=claim, status="failed",
                 reason=reason, trace=trace,
             )  # fmt: skip
-            self.watch.note(f"failed: {unit.label}: {reason.splitlines()[0]}")
+            first, _, _ = reason.partition("\n")
+            self.watch.note(f"failed: {unit.label}: {first}")
             if unit.id in self.directory.records([unit.id]):
                 self.unmade.add(unit.id)
         spent = time.process_time() - spent + (found.processor_seconds or 0.0)
@@ -313,10 +314,12 @@ def _told(error: Exception) -> tuple[str, str]:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the lines that a user is shown, or the last one of a traceback."""
+    """Return the lines that a user is shown, or the last one of a traceback; never nothing."""
     if isinstance(error, UserError):
-        return str(error)
-    return traceback.format_exception_only(error)[-1].strip()
+        return str(error) or type(error).__name__
+    told = traceback.TracebackException.from_exception(error)
+    told.__notes__ = None  # they come last, and may be about anything, or empty
+    return list(told.format_exception_only())[-1].strip()
 
 
 def peak_bytes() -> int:
