@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from keepshot.errors import ConfigError
-from keepshot.study.grid import check_size, expand, names_in, tasks_of
+from keepshot.study.grid import check_names, check_size, expand, names_in, tasks_of
 from keepshot.study.spec import StudySpec, Subject, check_patterns
 
 CONTENT: dict[str, Any] = {
@@ -55,6 +55,24 @@ def test_two_names_for_the_same_recipe_share_the_work() -> None:
     one, two = expand(spec_of()), expand(spec_of(recipes=recipes))
     assert len(two.units) == len(one.units)
     assert len(two.cells) == len(one.cells) + 8 * 3
+
+
+@pytest.mark.parametrize(
+    ("targets", "tasks"),
+    [
+        (["a/rows.jsonl", "b/rows.jsonl"], ["target"]),
+        (["a/rows.jsonl"], ["b/rows.jsonl"]),
+        (["rows.jsonl"], ["b/rows.jsonl"]),
+        (["b/rows.jsonl"], ["rows.jsonl"]),
+    ],
+)
+def test_two_files_of_one_name_are_refused(targets: list[str], tasks: list[str]) -> None:
+    """Their rows would be one task's, and a base's score at either that of both together."""
+    asks = {"target": {"tasks": tasks, "settings": ["direct"]}}
+    with pytest.raises(ConfigError, match=r"would both be task 'rows\.jsonl'"):
+        check_names(spec_of(targets=targets, asks=asks))
+    check_names(spec_of(targets=targets[:1], asks={"target": {"tasks": ["target", "addition"]}}))
+    check_names(spec_of())
 
 
 def test_the_target_is_the_model_s_own() -> None:

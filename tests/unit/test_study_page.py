@@ -60,6 +60,15 @@ def test_the_page_says_what_was_found(place: Path):
     assert "8 of 10 units done, 1 failed, 1 left" in page
 
 
+def test_nothing_is_said_of_degraded_models_where_there_are_none(place: Path, tmp_path: Path):
+    words = ("hollow", "by construction")
+    assert all(word in (place / "report.html").read_text("utf-8") for word in words)
+    found = findings(made_items(10, 5, 4, families=5), {})
+    (tmp_path / "study.json").write_text(document(findings=found).to_json(), encoding="utf-8")
+    write_study_report(tmp_path)
+    assert not any(word in (tmp_path / "report.html").read_text("utf-8") for word in words)
+
+
 def test_every_model_is_a_mark_and_degraded_ones_are_hollow(place: Path):
     figures = {path.stem for path in (place / "figures").iterdir()}
     names = ("models", "tasks", "by-task", "shares", "matrix")

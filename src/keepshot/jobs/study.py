@@ -32,7 +32,7 @@ from keepshot.study.directory import StudyDirectory
 from keepshot.study.document import RECORD, StudyDocument
 from keepshot.study.findings import findings
 from keepshot.study.frame import Frame, check_tags, item_frame, score_frame, write_frames
-from keepshot.study.grid import Grid, check_size, expand, names_in
+from keepshot.study.grid import Grid, check_names, check_size, expand, names_in
 from keepshot.study.runner import Tally, Terms, Watch, failures, tally, work
 from keepshot.study.spec import StudySpec, check_patterns
 from keepshot.study.tables import markdown
@@ -101,11 +101,12 @@ def grid_of(spec: StudySpec, store: AssetStore) -> Grid:
     """Expand a study, its units identified by the content of what they read.
 
     Raises:
-        ConfigError: if it is empty, or a pattern matches nothing.
+        ConfigError: if it is empty, a pattern matches nothing, or two files have one name.
         StudyError: if a tag cannot be a column.
         TaskError: if a file is missing.
     """
     check_patterns(spec)
+    check_names(spec)
     check_tags(spec)
     contents = set_contents(spec)
     embedders = [ask.similarity for ask in spec.asks.values()]

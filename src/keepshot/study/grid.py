@@ -15,6 +15,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from keepshot.errors import ConfigError
@@ -175,6 +176,25 @@ def names_in(spec: StudySpec) -> tuple[list[str], list[str]]:
         for name in _data_of(recipe, target)
     ]
     return list(dict.fromkeys(asked)), list(dict.fromkeys([*spec.targets, *read]))
+
+
+def check_names(spec: StudySpec) -> None:
+    """Check that no two files have one name: rows know a file by its own name alone.
+
+    Raises:
+        ConfigError: naming the two.
+    """
+    places: dict[str, str] = {}
+    asked, _ = names_in(spec)
+    for path in dict.fromkeys([*asked, *spec.targets]):
+        # Of what is no file the last part is told from nothing else either.
+        name = Path(path).name
+        other = places.setdefault(name, path)
+        if other != path:
+            raise ConfigError(
+                f"{other!r} and {path!r} would both be task {name!r}, and their rows one; rename "
+                "one of the files"
+            )
 
 
 def tasks_of(spec: StudySpec, unit: Unit) -> list[str]:

@@ -46,9 +46,10 @@ def markdown(document: StudyDocument) -> str:
         lines.append("")
     lines += [f"- {note}" for note in document.notes]
     lines += [
-        "Target scores are at 0 shots. Intervals are 95 %: of the target over items (Wilson), of "
-        "the others over items, draws of demonstrations and seeds of tuning. Retention is few-shot "
-        "score above chance as a share of the base's.",
+        "Target scores are at 0 shots. Intervals are 95 %: of the target over items (Wilson; over "
+        "items and seeds where there are several), of the others over items, draws of "
+        "demonstrations and seeds of tuning. Retention is few-shot score above chance as a share "
+        "of the base's.",
     ]
     return "\n".join(lines) + "\n"
 
