@@ -189,7 +189,8 @@ def _label_layers(
 ) -> list[Any]:
     labelled_path = list(paths.get("test") or paths.get("validation") or [])
     big, small = (14.0, 11.5) if width == "wide" else (13.0, 10.5)
-    listed = [*((m, big) for m in marks), *((m, small) for m in _thinned(labelled_path, frame))]
+    named = [mark for mark in marks if mark.label]  # a place takes long to find
+    listed = [*((m, big) for m in named), *((m, small) for m in _thinned(labelled_path, frame))]
     wishes = [Wish(m.label, *frame.to_pixels(m.x, m.y), size) for m, size in listed]
     places = place(wishes, _obstacles(marks, paths, frame), Box(0, 0, frame.width, frame.height))
     rows: list[dict[str, Any]] = []
