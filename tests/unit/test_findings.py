@@ -15,6 +15,7 @@ from keepshot.study.analysis import attribute, bound, clustered_mean
 from keepshot.study.cohort import Condition, _noise, cohort  # pyright: ignore[reportPrivateUsage]
 from keepshot.study.evidence import CorrelationFinding, Findings, Kind, is_finite
 from keepshot.study.findings import NO_PAIRS, correlated, findings, pairs_of
+from keepshot.study.frame import pairs, score_frame
 
 DOMAINS = {f"task-{number:02d}": f"kind {number % 3}" for number in range(24)}
 
@@ -155,6 +156,22 @@ def test_the_bound_takes_the_ask_with_the_most_draws():
     assert "draws" not in comparison.first, "the question is asked of one ask's items"
     assert comparison.bound is not None
     assert (comparison.bound.num_draws, comparison.bound.num_items) == (3, 4 * 5)
+
+
+def test_pairs_are_of_one_ask_as_the_findings_are():
+    """An ask of more draws of fewer items, all of them right here, was mixed into base scores."""
+    items = made_items(6, 5, 6, families=3)
+    gold = (items["stage"] == "base") & (items["setting"] == "gold")
+    draws = items[gold].assign(ask="draws", correct=1.0)
+    found = findings(pd.concat([items, draws], ignore_index=True), DOMAINS)
+    assert found is not None
+    frame = pairs(score_frame(pd.concat([items, draws], ignore_index=True)), shots=4, by_task=False)
+    points = {point.model: (point.base, point.tuned) for point in found.comparisons[0].points}
+    for row in frame.itertuples():
+        assert (row.base, row.tuned) == pytest.approx(points[str(row.model)])
+    apart = draws.assign(correct=0.5)
+    only = pd.concat([items[~gold], apart], ignore_index=True)
+    assert set(pairs(score_frame(only), shots=4)["base"]) == {0.5}, "of two, where none has both"
 
 
 def test_an_ask_of_other_tasks_does_not_take_the_bound_away():

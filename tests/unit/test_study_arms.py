@@ -28,13 +28,17 @@ CONTENT: dict[str, Any] = {
         "target": {"tasks": ["target"], "settings": ["direct"]},
     },
 }
+USUAL = ((0, 0.0), (1, 1.0), (2, 1.0), (3, 1.0))
+"""Items, and what each is worth."""
 
 
 def spec_of(**changes: Any) -> StudySpec:
     return StudySpec.from_mapping({**CONTENT, **changes}, source="test")
 
 
-def row(unit: Unit, item: int, *, shots: int = 0, seed: int = 0, correct: float = 1.0) -> ItemResult:
+def row(
+    unit: Unit, item: int, *, shots: int = 0, seed: int = 0, correct: float = 1.0
+) -> ItemResult:
     task = "support" if shots == 0 else "addition"
     return ItemResult(
         arm=unit.subject.label, model="base", lam=None, task=task, split="test", shots=shots,
@@ -64,12 +68,11 @@ class Recorded:
     def asking(self, ask: str) -> list[Unit]:
         return [unit for unit in self.grid.units.values() if unit.ask == ask]
 
-    def few_shot(self, items: range = range(4), ask: str = "few-shot") -> None:
-        for unit in self.asking(ask):
-            self.write(
-                unit,
-                [row(unit, i, shots=4, seed=s, correct=float(i > 0)) for s in (0, 1) for i in items],
-            )
+    def few_shot(self, right: tuple[tuple[int, float], ...] = USUAL) -> None:
+        """Write the same two draws of every model."""
+        for unit in self.asking("few-shot"):
+            draws = [(seed, *one) for seed in (0, 1) for one in right]
+            self.write(unit, [row(unit, i, shots=4, seed=s, correct=c) for s, i, c in draws])
 
     @property
     def items(self) -> Any:
@@ -84,9 +87,7 @@ class Recorded:
 def test_a_question_that_is_in_a_file_twice_is_asked_twice(tmp_path: Path):
     """It was a crash of the last step: rows of one name could not be laid out."""
     study = Recorded(tmp_path, spec_of())
-    for unit in study.asking("few-shot"):
-        right = [(0, 0.0), (1, 1.0), (1, 1.0), (2, 1.0)]
-        study.write(unit, [row(unit, i, shots=4, seed=s, correct=c) for s in (0, 1) for i, c in right])
+    study.few_shot(((0, 0.0), (1, 1.0), (1, 1.0), (2, 1.0)))
     assert (study.arms["plain"].icl, study.arms["plain"].num_items) == (0.75, 4)
     assert study.arms["plain"].num_seeds == 2
 
@@ -103,7 +104,7 @@ def test_a_seed_that_one_of_two_asks_lacks_is_no_crash(tmp_path: Path):
             study.write(unit, [row(unit, item, correct=0.0) for item in range(9)])
     plain, base = study.arms["plain"], study.arms[None]
     assert (plain.target_score, plain.target_num_items) == (1.0, 3), "both seeds, of the short ask"
-    assert (base.target_score, base.target_num_items) == (0.0, 9), "the longest, of one that is asked"
+    assert (base.target_score, base.target_num_items) == (0.0, 9), "the longest"
 
 
 def test_no_other_wording_is_taken_for_the_target_s_score(tmp_path: Path):
@@ -145,9 +146,7 @@ def test_tags_that_cannot_be_columns_are_refused_before_any_work(
     tags: tuple[dict[str, Any], ...], words: str
 ):
     """Mixed ones were a crash of parquet once all was done, and names were refused only then."""
-    models = [
-        {"reference": name, "tags": each} for name, each in zip("ab", tags, strict=True)
-    ]  # fmt: skip
+    models = [{"reference": name, "tags": each} for name, each in zip("ab", tags, strict=True)]
     with pytest.raises(StudyError, match=words):
         check_tags(spec_of(models=models))
 
@@ -168,7 +167,8 @@ def test_tags_that_some_models_have_are_columns(tmp_path: Path):
 def test_studies_whose_tags_differ_in_kind_are_not_queried_together(tmp_path: Path):
     for name, tag in (("one", "small"), ("two", 3)):
         (tmp_path / name).mkdir()
-        study = Recorded(tmp_path / name, spec_of(models=[{"reference": "b", "tags": {"size": tag}}]))
+        models = [{"reference": "b", "tags": {"size": tag}}]
+        study = Recorded(tmp_path / name, spec_of(models=models))
         study.few_shot()
         write_frames(study.items, score_frame(study.items), tmp_path / name)
         (tmp_path / name / "study.json").write_text("{}", "utf-8")

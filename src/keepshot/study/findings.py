@@ -144,13 +144,17 @@ class _Analysis:
 
         Of asks that share items with the tuned model's: one of other tasks bounds nothing.
         """
-        asked, keys = self.cohort.asked, ["task_code", "item"]
-        known = pd.MultiIndex.from_frame(asked[pair.second].rows[keys])
+        asked = self.cohort.asked
+
+        def items(rows: Any) -> pd.MultiIndex:
+            return pd.MultiIndex.from_frame(rows[["task_code", "item"]].drop_duplicates())
+
+        known = items(asked[pair.second].rows)
         draws = {
             condition: found.rows["seed"].nunique()
             for condition, found in asked.items()
             if replace(condition, ask=pair.first.ask) == pair.first
-            and pd.MultiIndex.from_frame(found.rows[keys]).isin(known).any()
+            and items(found.rows).isin(known).any()
         }
         return max(draws, key=lambda c: (draws[c], c == pair.first), default=pair.first)
 

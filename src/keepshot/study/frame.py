@@ -131,7 +131,8 @@ def score_frame(items: Frame) -> Frame:
 def pairs(scores: Frame, *, shots: int, split: str = "test", by_task: bool = True) -> Frame:
     """Return tuned direct scores beside their base's scores from gold demonstrations.
 
-    The frame that `mixed_model` takes; its columns go into `correlate` (`family` as clusters).
+    The frame that `mixed_model` takes; its columns go into `correlate` (`family` as clusters). Both
+    scores are of one ask where one has both.
 
     Args:
         scores: as `score_frame` returns.
@@ -147,10 +148,13 @@ def pairs(scores: Frame, *, shots: int, split: str = "test", by_task: bool = Tru
     there = scores[(scores["split"] == split) & (scores["stage"] != "blend")]
     there = there[there["setting"].isin(["direct", "gold"])]
     base = there[there["stage"] == "base"]
-    by = ["model", "task"]
-    gold = base[base["shots"] == shots].groupby(by)["value"].mean().rename("base")
-    plain = base[base["shots"] == 0].groupby(by)["value"].mean().rename("base_direct")
+    shown = base[base["shots"] == shots]
     tuned = there[(there["stage"] == "tuned") & (there["shots"] == 0)]
+    by = ["model", "task"]
+    if not set(shown["ask"]).isdisjoint(tuned["ask"]):
+        by.append("ask")  # as `findings` has it: items of another ask are others
+    gold = shown.groupby(by)["value"].mean().rename("base")
+    plain = base[base["shots"] == 0].groupby(by)["value"].mean().rename("base_direct")
     tuned = tuned.rename(columns={"value": "tuned"})
     found = tuned.join(gold, on=by, how="inner").join(plain, on=by)
     found["noise"] = found["tuned"] * (1.0 - found["tuned"]) / (found["num_items"] - 1).clip(1)
