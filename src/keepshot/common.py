@@ -94,8 +94,8 @@ def show_status(tally: Any, document: Any, as_json: bool) -> None:
     from keepshot.shown import show_study as show_document
     from keepshot.shown import show_tally
 
-    show_tally(tally)
     show_document(document, None)
+    show_tally(tally)
 
 
 def show_plan(plan: Any, as_json: bool) -> None:

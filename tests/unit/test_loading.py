@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import gguf
@@ -140,7 +141,9 @@ def test_adapter_on_its_base(tmp_path, cache, saved):
     base = load(str(saved), cache)
     path = write_adapter(tmp_path / "a", str(saved))
     record_base(path, base.reference, base.sha256)
-    model = load(str(path), cache)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = load(str(path), cache)
     adapted = write_adapter_reference(seed=3)
     assert torch.allclose(logits(model), adapted, atol=1e-5)
     assert not torch.allclose(logits(model), logits(base), atol=1e-2)

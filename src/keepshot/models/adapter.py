@@ -5,6 +5,9 @@ Knows nothing of how adapters are trained.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,8 @@ def merge_adapter(module: PreTrainedModel, adapter_dir: Path, base: str) -> PreT
     with TensorReader(adapter_dir) as reader:
         stored = set(reader.names)
     try:
-        adapted: Any = PeftModel.from_pretrained(module, adapter_dir, is_trainable=False)
+        with wrapping_quietly():
+            adapted: Any = PeftModel.from_pretrained(module, adapter_dir, is_trainable=False)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ModelError(_mismatch(adapter_dir, base, error)) from error
     expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
@@ -36,6 +40,14 @@ def merge_adapter(module: PreTrainedModel, adapter_dir: Path, base: str) -> PreT
             "load it on its own base"
         )
     return adapted.merge_and_unload()
+
+
+@contextmanager
+def wrapping_quietly() -> Generator[None]:
+    """Keep quiet that peft 0.21 asks for a property which transformers 5.23 has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        yield
 
 
 def _mismatch(adapter_dir: Path, base: str, error: Exception) -> str:

@@ -6,7 +6,6 @@ row lengths) are masked, and B starts at zero. Knows nothing of training.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, assert_never
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from keepshot.errors import ConfigError, TrainingError
+from keepshot.models.adapter import wrapping_quietly
 from keepshot.models.anatomy import Role, WeightSlice, anatomy
 from keepshot.tuning.method_specs import LoRA
 
@@ -54,13 +54,11 @@ def adapt_(method: LoRA, module: Any) -> tuple[PeftModel, dict[str, Tensor]]:
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in matched),
     )
     module.requires_grad_(False)
-    with warnings.catch_warnings():
-        # peft 0.21 asks for a property that transformers 5.23 renamed.
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        try:
+    try:
+        with wrapping_quietly():
             wrapper = get_peft_model(module, config)
-        except ValueError as error:
-            raise _nothing_matched(method, module) from error
+    except ValueError as error:
+        raise _nothing_matched(method, module) from error
     _check_rank(method, module)
     return wrapper, {} if rows is None else _masks(wrapper, rows)
 
