@@ -215,8 +215,9 @@ def cohort(items: Frame) -> Cohort | None:
     own_UT = np.zeros((len(subjects), len(tasks)), dtype=bool)
     own_UT[units[~is_base], codes[~is_base]] = tuned["is_target"].to_numpy(bool)
     writes = tuned["setting"].isin(WRITTEN).to_numpy()
-    if "samples" in tuned:  # what was written may have failed, or not be asked yet
-        writes = writes | ~tuned["samples"].map(is_plain).to_numpy(bool)
+    if "samples" in tuned.columns:  # what was written may have failed, or not be asked yet
+        plain: Any = tuned["samples"].map(is_plain)
+        writes = np.logical_or(writes, ~plain.to_numpy(bool))
     sampling = np.isin(units, units[~is_base][writes]) & ~is_base
     of = np.where(is_base, "base", np.where(sampling, "sampling", "tuned"))
     keyed = pd.DataFrame(
