@@ -52,7 +52,8 @@ def done_apart(call: Callable[[Job], Found], job: Job) -> Found:
         try:
             while not ours.poll(LOOK_SECONDS):
                 peak = _peak_of(process.pid) or peak
-            with contextlib.suppress(EOFError):  # it ended, which the exit code tells more of
+            # It ended, before its answer or in the middle of it: the exit code tells more.
+            with contextlib.suppress(EOFError, OSError):
                 answer = ours.recv()
         finally:
             if answer is None and process.exitcode is None:

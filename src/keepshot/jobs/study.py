@@ -162,16 +162,19 @@ def status_of(
     grid = grid_of(spec, store)
     overhead = overhead_of(directory.records(grid.units).values())
     far = replace(tally(grid, directory), overhead=overhead)
-    return far, document_of(spec, grid, directory, analysed=analysed)[0]
+    items = item_frame(spec, grid, directory.records(grid.units), directory.rows)
+    return far, document_of(spec, grid, directory, items, analysed=analysed)
 
 
 def finish(spec: StudySpec, grid: Grid, directory: StudyDirectory) -> StudyDocument:
     """Write `frame.parquet`, `scores.parquet`, `report.md`, `study.json` and `report.html`."""
-    document, frames = document_of(spec, grid, directory)
-    write_frames(*frames, directory.path)
+    items = item_frame(spec, grid, directory.records(grid.units), directory.rows)
+    # What was measured comes first: it is there whatever becomes of its analysis.
+    write_frames(items, score_frame(items), directory.path)
     followed = rows_of(spec, grid, directory)
     if followed:
         write_instructions(followed, directory.path / "instructions.parquet")
+    document = document_of(spec, grid, directory, items)
     write_text(markdown(document), directory.path / "report.md")
     write_text(document.to_json(), directory.path / RECORD)
     write_study_report(directory.path)
@@ -179,17 +182,16 @@ def finish(spec: StudySpec, grid: Grid, directory: StudyDirectory) -> StudyDocum
 
 
 def document_of(
-    spec: StudySpec, grid: Grid, directory: StudyDirectory, *, analysed: bool = True
-) -> tuple[StudyDocument, tuple[Frame, Frame]]:
-    """Return a study's results so far, and its frames of items and of scores."""
+    spec: StudySpec, grid: Grid, directory: StudyDirectory, items: Frame, *, analysed: bool = True
+) -> StudyDocument:
+    """Return a study's results so far, of the frame of its items."""
     records = directory.records(grid.units)
-    items = item_frame(spec, grid, records, directory.rows)
     followed = rows_of(spec, grid, directory)
     failed = failures(grid, directory)
     domains = {name: entry.domain for name, entry in CATALOG.items()}
     versions = sorted({record.keepshot for record in records.values()})
     notes = [f"Units were done by keepshot {' and '.join(versions)}."] if len(versions) > 1 else []
-    document = StudyDocument(
+    return StudyDocument(
         name=spec.name,
         question=spec.question,
         total=len(grid.units),
@@ -204,7 +206,6 @@ def document_of(
         instructions=instruction_scores(followed),
         notes=notes,
     )
-    return document, (items, score_frame(items))
 
 
 # -- Ray ---------------------------------------------------------------------------------------
