@@ -17,9 +17,10 @@ import numpy as np
 import pandas as pd
 
 from keepshot import stats
-from keepshot.report.study import read_study
+from keepshot.report.study import correlation_tables, read_study
+from keepshot.report.words import score, score_interval
 from keepshot.study.analysis import attribute, clustered_mean
-from keepshot.study.evidence import CorrelationFinding, Figure, Findings
+from keepshot.study.evidence import Figure, Findings
 from keepshot.study.frame import matrix
 
 SEED = 0
@@ -32,15 +33,10 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         print(f"| {' | '.join(map(str, row))} |")
 
 
-def number(value: float) -> str:
-    return f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.2f}"
-
-
 def interval(found: Figure | stats.Interval | None) -> str:
     if found is None:
         return ""
-    low, high = found.ci95
-    return f"{number(found.value)} [{number(low)}, {number(high)}]"
+    return f"{score(found.value)} {score_interval(found.ci95)}"
 
 
 def group(row: pd.Series) -> str:
@@ -60,7 +56,7 @@ def means(items: pd.DataFrame) -> pd.DataFrame:
 def span(scores: pd.Series) -> str:
     if scores.empty:
         return ""
-    low, high = number(scores.min()), number(scores.max())
+    low, high = score(scores.min()), score(scores.max())
     return low if low == high else f"{low} to {high}"
 
 
@@ -78,25 +74,19 @@ def show_models(items: pd.DataFrame, scores: pd.DataFrame) -> None:
 
 
 def show_correlations(found: Findings) -> None:
-    ranks = [one for one in found.correlations if one.kind == "spearman" and one.role != "other"]
-    scores = {key(one): one for one in found.correlations if one.kind == "pearson"}
     rows = []
-    for one in ranks:
+    for one, by_score in (row for part in correlation_tables(found) for row in part.rows):
         left = one.without_a_family
         rows.append((
-            one.first, one.models, one.tasks, interval(one), interval(scores.get(key(one))),
+            one.first, one.models, one.tasks, interval(one), interval(by_score),
             interval(one.given_size), interval(one.without_noise),
-            f"{number(left[0])} to {number(left[1])}" if left else "",
+            f"{score(left[0])} to {score(left[1])}" if left else "",
             f"{one.p_adjusted:.2g}", f"{one.num_points} ({one.num_clusters})",
             f"{one.models_needed} ({one.models_needed_clustered})",
         ))  # fmt: skip
     heads = "tuned direct against,models,tasks,Spearman,Pearson,given size,without noise,"
     heads += "without one family,p adjusted,n (families),n for +-.1"
     table(heads.split(","), rows)
-
-
-def key(one: CorrelationFinding) -> tuple[str, str, str, str]:
-    return one.first, one.second, one.models, one.tasks
 
 
 def show_comparisons(found: Findings) -> None:
@@ -175,7 +165,7 @@ def show_demonstrations(items: pd.DataFrame) -> None:
         for one in tables.values():
             there = [pair in shared for pair in zip(one["task"], one["item"], strict=True)]
             found.append(one[there].groupby("task")["correct"].mean().mean())
-        rows.append((name, *(number(value) for value in found)))
+        rows.append((name, *(score(value) for value in found)))
     table(("bases", *asks), rows)
 
 

@@ -24,7 +24,7 @@ from keepshot.models.identity import file_sha256
 from keepshot.models.loading import identify
 from keepshot.models.reference import Embedded, GGUFFile, HubModel, converted_path, parse_reference
 from keepshot.outputs import write_text
-from keepshot.records import write_instructions
+from keepshot.records import InstructionRow, write_instructions
 from keepshot.report.study import write_study_report
 from keepshot.study.arms import arms
 from keepshot.study.costs import overhead_of
@@ -162,31 +162,47 @@ def status_of(
     grid = grid_of(spec, store)
     overhead = overhead_of(directory.records(grid.units).values())
     far = replace(tally(grid, directory), overhead=overhead)
-    items = item_frame(spec, grid, directory.records(grid.units), directory.rows)
-    return far, document_of(spec, grid, directory, items, analysed=analysed)
+    found = _measured(spec, grid, directory)
+    return far, document_of(spec, grid, directory, found, analysed=analysed)
 
 
 def finish(spec: StudySpec, grid: Grid, directory: StudyDirectory) -> StudyDocument:
     """Write `frame.parquet`, `scores.parquet`, `report.md`, `study.json` and `report.html`."""
-    items = item_frame(spec, grid, directory.records(grid.units), directory.rows)
+    found = _measured(spec, grid, directory)
     # What was measured comes first: it is there whatever becomes of its analysis.
-    write_frames(items, score_frame(items), directory.path)
-    followed = rows_of(spec, grid, directory)
-    if followed:
-        write_instructions(followed, directory.path / "instructions.parquet")
-    document = document_of(spec, grid, directory, items)
+    write_frames(found.items, score_frame(found.items), directory.path)
+    if found.followed:
+        write_instructions(found.followed, directory.path / "instructions.parquet")
+    document = document_of(spec, grid, directory, found)
     write_text(markdown(document), directory.path / "report.md")
     write_text(document.to_json(), directory.path / RECORD)
     write_study_report(directory.path)
     return document
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a study has measured so far."""
+
+    items: Frame
+    followed: list[InstructionRow]
+
+
+def _measured(spec: StudySpec, grid: Grid, directory: StudyDirectory) -> Measured:
+    items = item_frame(spec, grid, directory.records(grid.units), directory.rows)
+    return Measured(items, rows_of(spec, grid, directory))
+
+
 def document_of(
-    spec: StudySpec, grid: Grid, directory: StudyDirectory, items: Frame, *, analysed: bool = True
+    spec: StudySpec,
+    grid: Grid,
+    directory: StudyDirectory,
+    found: Measured,
+    *,
+    analysed: bool = True,
 ) -> StudyDocument:
-    """Return a study's results so far, of the frame of its items."""
-    records = directory.records(grid.units)
-    followed = rows_of(spec, grid, directory)
+    """Return a study's results so far, of what it has measured."""
+    records, items = directory.records(grid.units), found.items
     failed = failures(grid, directory)
     domains = {name: entry.domain for name, entry in CATALOG.items()}
     versions = sorted({record.keepshot for record in records.values()})
@@ -203,7 +219,7 @@ def document_of(
             {"unit": r.unit, "label": r.label, "reason": r.reason or "", "trace": r.trace or ""}
             for r in failed
         ],
-        instructions=instruction_scores(followed),
+        instructions=instruction_scores(found.followed),
         notes=notes,
     )
 

@@ -28,7 +28,7 @@ from keepshot.study.evidence import (
     StudyPoint,
     TaskFinding,
     Within,
-    is_finite,
+    checked,
 )
 
 SEED = 7
@@ -58,10 +58,7 @@ def compare(
 
     def attempt(part: str, work: Callable[[], Any]) -> Any:
         try:
-            found = work()
-            if not is_finite(found):
-                raise StudyError("a figure of it is no number")
-            return found
+            return checked(work())
         except (StudyError, np.linalg.LinAlgError) as error:
             note(f"{what}, {part}", error)
             return None

@@ -6,10 +6,13 @@ Every figure stands with its interval and with the numbers of models, families a
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from keepshot.errors import StudyError
+
+Found = TypeVar("Found")
 Kind = Literal["spearman", "pearson"]
 Role = Literal["question", "control", "other"]
 """question: tuned direct against base gold; control: against base direct, which sees no examples.
@@ -18,6 +21,17 @@ Role = Literal["question", "control", "other"]
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def checked(found: Found) -> Found:
+    """Return a finding as it is.
+
+    Raises:
+        StudyError: if a figure of it is no number.
+    """
+    if not is_finite(found):
+        raise StudyError("a figure of it is no number")
+    return found
 
 
 def is_finite(found: Any) -> bool:

@@ -28,7 +28,7 @@ from keepshot.study.evidence import (
     Findings,
     Kind,
     Role,
-    is_finite,
+    checked,
 )
 
 SEED = 7
@@ -181,9 +181,7 @@ class _Analysis:
             what += "" if tasks == "all" else f", tasks {tasks}"
             for kind in KINDS:
                 try:
-                    found = correlated(part, kind, lambda r, w=what: self.note(w, r))
-                    if not is_finite(found):
-                        raise StudyError("a figure of it is no number")
+                    found = checked(correlated(part, kind, lambda r, w=what: self.note(w, r)))
                 except StudyError as error:
                     self.note(what, error)
                     break
