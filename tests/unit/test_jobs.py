@@ -253,7 +253,9 @@ def test_tune_on_several_sets_with_embedded_instructions_prints_what_was_read(
         assert source["fingerprint"] in printed
 
 
-def test_a_difference_is_made_smaller_before_it_is_blended(workplace: Path) -> None:
+def test_a_difference_is_made_smaller_before_it_is_blended(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     place = workplace / "new"
     blend = ("blend", "base", "other", "--lambda", "0.5", "--out", "new", "--overwrite")
     assert status(*blend, "--set", "reduce=prune:0.25") == 0
@@ -269,10 +271,46 @@ def test_a_difference_is_made_smaller_before_it_is_blended(workplace: Path) -> N
     assert int(changed.sum()) == round(0.25 * before.numel())
     assert torch.allclose(found[changed], ((before + after) / 2)[changed], atol=1e-6)
     assert status(*blend, "--set", "reduce=lore:0.5") == 0
+    record = json.loads((place / "keepshot.json").read_text("utf-8"))
+    assert record["notes"][0].startswith("the adapter reproduces 0.")
+    assert "tensors that no LoRA matrix can say" in (place / "README.md").read_text("utf-8")
     factors = TensorReader(place)
     assert all(".lora_" in name for name in factors.names)
     assert status("measure", "new", "--tasks", "addition", "--limit", "2", "--seeds", "1") == 0
     assert [path.name for path in workplace.iterdir() if path.name.startswith(".new")] == []
+    capsys.readouterr()
+    assert status(*blend[:-1], "--set", "reduce=lore:0.5") == 2
+    said = capsys.readouterr().err
+    assert "new: already exists; add --overwrite" in said
+    assert "reducing" not in said  # which can take hours
+
+
+def test_a_sweep_does_not_go_on_with_another_model(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Points of two models would have been put on one path."""
+    asked = ["--tasks", "addition", "--shots", "2", "--limit", "2", "--seeds", "1"]
+    sweep = ["--sweep", "0,1", *asked, "--pick", "best-icl", "--no-check", "--out", "path"]
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("keepshot.jobs.blend.with_interval", stop)
+        assert status("blend", "base", "other", *sweep) == 130
+    kept = workplace / ".path.unfinished" / "parts" / "path-1.parquet"
+    written = kept.stat().st_mtime_ns
+    file = workplace / "other" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    capsys.readouterr()
+    assert status("blend", "base", "other", *sweep) == 2
+    assert "other has changed;\nadd --overwrite to discard it" in capsys.readouterr().err
+    assert kept.stat().st_mtime_ns == written
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert status("blend", "base", "other", *sweep) == 0
 
 
 def test_blend_writes_one_point_and_sweeps_a_path(

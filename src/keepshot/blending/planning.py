@@ -23,7 +23,7 @@ from keepshot.blending.adapter import (
     check_exact,
     scale_dora,
 )
-from keepshot.blending.arithmetic import FLOATS, Lambda, Rounding
+from keepshot.blending.arithmetic import FLOATS, Lambda, Rounding, RowLambda
 from keepshot.blending.companions import compare_configs, compare_tokens, may_be_tied, vocabulary
 from keepshot.blending.rules import LambdaRule, as_rule, check_lambda
 from keepshot.blending.stream import Side, TensorPlan, same_bytes
@@ -64,6 +64,8 @@ class Writing:
     """What the record calls base, tuned and `second`, if not by their directories."""
     overwrite: bool = False
     """Replace what lies at the output, and forget an unfinished try."""
+    notes: tuple[str, ...] = ()
+    """What the record says besides."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,8 @@ def _plan_adapter(base_dir: Path, adapter_dir: Path, lam: float, scratch: Path) 
     if config.get("use_dora") and lam != 1.0:
         scale_dora(adapter, base, config, lam, scratch / ADAPTER_WEIGHTS)
         for name, tensor in open_checkpoint(scratch / ADAPTER_WEIGHTS).tensors.items():
-            side = (Side(tensor, 1.0),)
-            tensors[name] = TensorPlan(name, tensor.dtype, tensor.shape, None, side, on_path=False)
+            side, kind = (Side(tensor, 1.0),), adapter.tensors[name].dtype
+            tensors[name] = TensorPlan(name, kind, tensor.shape, None, side, on_path=False)
         return BlendPlan(inputs, tensors, is_adapter=True, variant=f"DoRA at {lam!r}")
     for name, tensor in adapter.tensors.items():
         origin = origins[name]
@@ -149,10 +151,11 @@ def _plan_adapter(base_dir: Path, adapter_dir: Path, lam: float, scratch: Path) 
 def _plan_model(base_dir: Path, tuned_dir: Path, rule: LambdaRule, options: Writing) -> BlendPlan:
     notes = compare_configs(base_dir, tuned_dir)
     inputs = {"base": open_checkpoint(base_dir), "tuned": open_checkpoint(tuned_dir)}
-    second = _second_side(base_dir, inputs, options)
+    second = _second_side(base_dir, inputs, options, notes)
     base, tuned = inputs["base"].tensors, inputs["tuned"].tensors
     carried = _one_sided(inputs, tuned_dir, options, notes)
     resized = _Vocabulary(base_dir, tuned_dir, options)
+    reach = (0.0, 1.0)
     tensors: dict[str, TensorPlan] = {}
     for name, end in tuned.items():
         if name in carried:
@@ -164,6 +167,8 @@ def _plan_model(base_dir: Path, tuned_dir: Path, rule: LambdaRule, options: Writ
         start = base[name]
         lam = rule(name)
         check_lambda(lam)
+        values = lam.values if isinstance(lam, RowLambda) else (lam,)
+        reach = min(reach[0], *values), max(reach[1], *values)
         if start.shape != end.shape:
             resized.check(start, end)
         sides = (Side(end, lam), *second(name, start))
@@ -171,15 +176,19 @@ def _plan_model(base_dir: Path, tuned_dir: Path, rule: LambdaRule, options: Writ
         tensors[name] = TensorPlan(name, _written(kept, options), end.shape, start, sides)
     if not tensors:
         raise ModelError(f"{base_dir} and {tuned_dir} have no tensor in common")
+    notes += [note for end in reach if (note := check_lambda(end))]
     return BlendPlan(inputs, tensors, notes=(*notes, *resized.notes()))
 
 
-def _second_side(base_dir: Path, inputs: dict[str, Checkpoint], options: Writing) -> Any:
+def _second_side(
+    base_dir: Path, inputs: dict[str, Checkpoint], options: Writing, notes: list[str]
+) -> Any:
     """Open the further model and return a function from a tensor to its side (or none)."""
     if options.second is None:
         return lambda _name, _start: ()
     directory, beta = options.second
-    check_lambda(beta)
+    if note := check_lambda(beta):
+        notes.append(note.replace("lambda", "beta", 1))
     compare_configs(base_dir, directory)
     inputs["second"] = open_checkpoint(directory)
     found = inputs["second"].tensors
