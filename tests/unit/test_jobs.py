@@ -24,6 +24,7 @@ from command import status
 from keepshot.models.checkpoint import TensorReader
 from keepshot.models.loading import LanguageModel, save
 from keepshot.records import ResultDocument, read_items
+from pico_gguf import write_gguf
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",
@@ -283,6 +284,20 @@ def test_a_difference_is_made_smaller_before_it_is_blended(
     said = capsys.readouterr().err
     assert "new: already exists; add --overwrite" in said
     assert "reducing" not in said  # which can take hours
+
+
+def test_gguf_is_blended_as_the_directories_it_was_made_of(
+    workplace: Path, fresh_pico: Callable[..., LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEEPSHOT_CACHE", str(workplace / "cache"))
+    for name, seed in (("base", 0), ("other", 1)):
+        write_gguf(fresh_pico("llama", seed=seed).module, workplace / f"{name}.gguf")
+    assert status("blend", "base.gguf", "other.gguf", "--lambda", "0.4", "--out", "file") == 0
+    assert status("blend", "base", "other", "--lambda", "0.4", "--out", "folder") == 0
+    with TensorReader(workplace / "file") as file, TensorReader(workplace / "folder") as folder:
+        assert set(file.names) == set(folder.names)
+        assert all(torch.equal(file.read(name), folder.read(name)) for name in file.names)
+    assert status("measure", "file", "--tasks", "addition", "--limit", "2", "--seeds", "1") == 0
 
 
 def test_a_sweep_does_not_go_on_with_another_model(
