@@ -286,6 +286,28 @@ def test_a_difference_is_made_smaller_before_it_is_blended(
     assert "reducing" not in said  # which can take hours
 
 
+def test_a_reduced_blend_that_was_killed_goes_on(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reduced model is made anew, and is no changed input for that."""
+    blend = ("blend", "base", "other", "--lambda", "0.5", "--out", "new")
+    half = ("--set", "reduce=prune:0.5")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("keepshot.blending.write.write_shards", stop)
+        # As after a kill, nothing is tidied.
+        patch.setattr("keepshot.blending.unfinished._tidy", lambda *_: True)
+        assert status(*blend, *half) == 130
+    assert (workplace / ".new.partial").exists()
+    capsys.readouterr()
+    assert status(*blend, "--set", "reduce=prune:0.25") == 2
+    assert "changed since this blend was begun" in capsys.readouterr().err
+    assert status(*blend, *half) == 0
+
+
 def test_gguf_is_blended_as_the_directories_it_was_made_of(
     workplace: Path, fresh_pico: Callable[..., LanguageModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -306,6 +306,9 @@ def test_bad_requests_are_refused_before_anything_is_read(tmp_path: Path) -> Non
         write(nowhere, nowhere, "half", tmp_path / "out")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="dtype 'bfloat1' is unknown; nearest is 'bfloat16'"):
         write(nowhere, nowhere, 0.5, tmp_path / "out", Writing(dtype="bfloat1"))
+    for name, value in (("rounding", "up"), ("settings_from", "tund"), ("one_sided", "carri")):
+        with pytest.raises(ConfigError, match=f"{name} '{value}' is unknown"):
+            write(nowhere, nowhere, 0.5, tmp_path / "out", Writing(**{name: value}))
     with pytest.raises(ModelError, match="nowhere"):
         write(nowhere, nowhere, 0.5, tmp_path / "out")
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from keepshot.blending.adapter import (
     ADAPTER_CONFIG,
@@ -33,6 +33,8 @@ from keepshot.models.shards import Checkpoint, StoredTensor, open_checkpoint
 
 MAX_SHARD_BYTES = 5_000_000_000
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+Settings = Literal["tuned", "base"]
+OneSided = Literal["refuse", "carry"]
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _WIDTH = {"F64": 3, "F32": 2, "F16": 1, "BF16": 1}
 
@@ -50,9 +52,9 @@ class Writing:
     """Of stochastic rounding."""
     max_shard_bytes: int = MAX_SHARD_BYTES
     """A shard is closed before it would exceed this."""
-    settings_from: Literal["tuned", "base"] = "tuned"
+    settings_from: Settings = "tuned"
     """Whose tokenizer, chat template and generation settings go into the output."""
-    one_sided: Literal["refuse", "carry"] = "refuse"
+    one_sided: OneSided = "refuse"
     """What becomes of tensors that only one side has."""
     second: tuple[Path, float] | None = None
     """A further model tuned from the same base, and how much of its difference is added
@@ -108,8 +110,7 @@ def plan_blend(
         ConfigError: if a lambda is not a finite number, or an option is unknown.
         ModelError: if the inputs do not fit (which tensor).
     """
-    if options.dtype is not None and options.dtype not in DTYPES:
-        raise ConfigError(unknown("dtype", options.dtype, DTYPES, f"known: {', '.join(DTYPES)}"))
+    _check_options(options)
     if (base_dir / ADAPTER_CONFIG).exists():
         raise ModelError(f"{base_dir}: is an adapter; base must be a whole model")
     if not (tuned_dir / ADAPTER_CONFIG).exists():
@@ -120,6 +121,20 @@ def plan_blend(
             "merge it into its base for anything else"
         )
     return _plan_adapter(base_dir, tuned_dir, lam, scratch)
+
+
+def _check_options(options: Writing) -> None:
+    known: dict[str, tuple[str | None, ...]] = {
+        "dtype": (None, *DTYPES),
+        "rounding": get_args(Rounding),
+        "settings_from": get_args(Settings),
+        "one_sided": get_args(OneSided),
+    }
+    for name, values in known.items():
+        value = getattr(options, name)
+        if value not in values:
+            names = [text for text in values if text]
+            raise ConfigError(unknown(name, str(value), names, f"known: {', '.join(names)}"))
 
 
 def _plan_adapter(base_dir: Path, adapter_dir: Path, lam: float, scratch: Path) -> BlendPlan:
