@@ -92,6 +92,26 @@ def test_a_state_that_was_never_whole_is_not_taken_up(fresh_pico: Build, tmp_pat
     assert len(record.losses) == 4
 
 
+def test_what_is_read_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    (tmp_path / "out" / "rows.jsonl").touch()
+    (tmp_path / "support").mkdir()
+    reads = [
+        ("out/model", "rows.csv", "out"),
+        ("smollm2-135m-instruct", "a.csv,out/rows.jsonl", "out"),
+        ("smollm2-135m-instruct+out", "a.csv", "out"),
+    ]
+    for model, data, out in reads:
+        spec = TuneSpec(recipe=recipe(data=data, model=model))
+        with pytest.raises(OutputError, match=r"out: holds out.*, which is read"):
+            Workspace(tmp_path / out, spec, overwrite=True)
+        Workspace(tmp_path / "beside", spec, overwrite=True)
+    # The task of that name is read, not the directory.
+    spec = TuneSpec(recipe=recipe(data="support"))
+    Workspace(tmp_path / "support", spec, overwrite=True).begin()
+
+
 def test_unfinished_work_says_which_settings_and_files_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -284,6 +284,14 @@ def test_another_architecture_is_refused(fresh_pico: Build, tmp_path: Path) -> N
     refused(base, tuned, "base is a 'llama' model, tuned a 'qwen2' model")
 
 
+def test_other_heads_of_the_same_shapes_are_refused(pair: tuple[Path, Path]) -> None:
+    for directory, heads in zip(pair, (4, 2), strict=True):
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config["num_attention_heads"] = heads
+        (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    refused(*pair, "`num_attention_heads` is 4 in base and 2 in tuned; heads of two kinds")
+
+
 def test_a_truncated_shard_is_refused_by_name(pair: tuple[Path, Path]) -> None:
     file = pair[1] / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])

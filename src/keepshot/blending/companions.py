@@ -34,12 +34,16 @@ _FREE = {
 }  # fmt: skip
 
 
+# How the rows of one matrix are divided among heads, which its shape does not say.
+_HEADS = ("num_attention_heads", "num_key_value_heads", "n_head", "head_dim")
+
+
 def compare_configs(base_dir: Path, tuned_dir: Path) -> list[str]:
     """Check that two models compute alike from their weights; return notes on what differs.
 
     Raises:
-        ModelError: if a config is missing, or the two are different architectures, quantised, or
-            tied in one and not in the other.
+        ModelError: if a config is missing, or the two are different architectures, of other heads,
+            quantised, or tied in one and not in the other.
     """
     base, tuned = _read_config(base_dir), _read_config(tuned_dir)
     for directory, config in ((base_dir, base), (tuned_dir, tuned)):
@@ -51,6 +55,12 @@ def compare_configs(base_dir: Path, tuned_dir: Path) -> list[str]:
             f"base is a {kinds[0]!r} model, tuned a {kinds[1]!r} model; "
             "only two models of one architecture can be blended"
         )
+    for key in _HEADS:
+        if key in base and key in tuned and base[key] != tuned[key]:
+            raise ModelError(
+                f"config.json: `{key}` is {base[key]!r} in base and {tuned[key]!r} in tuned; heads "
+                "of two kinds cannot be blended: take the model that was tuned as base"
+            )
     ties = {config["tie_word_embeddings"] for config in (base, tuned) if _says_tied(config)}
     if len(ties) > 1:
         raise ModelError(

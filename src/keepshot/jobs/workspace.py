@@ -24,9 +24,11 @@ import yaml
 from keepshot import __version__, records
 from keepshot.assets import sha256_of
 from keepshot.errors import OutputError, UserError, is_full_disk
+from keepshot.models.reference import EMBEDDED
 from keepshot.records import InstructionRow, ItemResult, ResultDocument
 from keepshot.report import write_report
 from keepshot.specs import Spec, changes, read_yaml
+from keepshot.tasks.catalog import CATALOG, SUITES
 from keepshot.tasks.source import SUFFIXES
 
 FINISHED_PARTS = ("*.parquet", "tuning.json", "keepshot.json", "complete")
@@ -61,10 +63,11 @@ class Workspace:
 
         Raises:
             OutputError: if `out_dir` holds something, cannot be written, or unfinished work of
-                another spec lies beside it, unless `overwrite`.
+                another spec lies beside it, unless `overwrite`; or if it holds what is read.
         """
         self.out_dir = out_dir.absolute()
         records.claim(self.out_dir, overwrite=overwrite)
+        _check_keeps(self.out_dir, spec)
         self.path = self.out_dir.parent / f".{self.out_dir.name}.unfinished"
         self._spec = spec
         self._made = [parent for parent in self.path.parents if not parent.exists()]
@@ -184,7 +187,15 @@ class Workspace:
 
 def example_files(spec: Spec) -> set[Path]:
     """Return the files of examples that a spec names anywhere, lists in commas included."""
-    found: set[Path] = set()
+    return {path for path in _named_paths(spec) if path.name.endswith(SUFFIXES) and path.is_file()}
+
+
+def _named_paths(spec: Spec) -> set[Path]:
+    """Return what a spec names anywhere that exists: lists in commas, and adapters behind a `+`.
+
+    Names of tasks, suites and embedded models mean these, whatever lies in the directory.
+    """
+    found: set[str] = set()
 
     def look(value: object) -> None:
         if isinstance(value, dict):
@@ -194,11 +205,31 @@ def example_files(spec: Spec) -> set[Path]:
             for inner in value:
                 look(inner)
         elif isinstance(value, str):
-            names = (value, *value.split(","))
-            found.update(Path(name.strip()) for name in names if name.strip().endswith(SUFFIXES))
+            names = {value, *value.split(","), *value.split("+")}
+            found.update(name.strip() for name in names)
 
     look(spec.model_dump(mode="json"))
-    return {path for path in found if path.is_file()}
+    paths = found - {"", *EMBEDDED, *CATALOG, *SUITES}
+    return {path for path in map(Path, paths) if _exists(path)}
+
+
+def _check_keeps(out_dir: Path, spec: Spec) -> None:
+    """Refuse to replace a directory with models or examples in it that the spec names."""
+    place = out_dir.resolve()
+    for path in sorted(_named_paths(spec)):
+        given = path.expanduser().resolve()
+        if place == given or place in given.parents:
+            raise OutputError(
+                f"{out_dir}: holds {path}, which is read, and would be replaced; choose another "
+                "--out"
+            )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.expanduser().exists()
+    except (OSError, RuntimeError):  # too long for a path, or of an unknown user: it names none
+        return False
 
 
 def environment() -> dict[str, object]:
