@@ -235,8 +235,8 @@ def test_a_run_keeps_the_prompt_beside_its_adapter(workplace: Path) -> None:
 def test_a_file_with_a_comma_in_its_name_has_a_prompt(workplace: Path) -> None:
     """Its prompts were made for the parts of its name, and nothing trained."""
     (workplace / "colours.jsonl").rename(workplace / "a,b.jsonl")
-    asked = ["--model", "base", "--data", "a,b.jsonl", "--method", "prompt-tuning", "--keep", "none"]
-    sets = ("steps=2", "method.tokens=3")
+    asked = ["--model", "base", "--data", "a,b.jsonl", "--method", "prompt-tuning"]
+    sets = ("steps=2", "method.tokens=3", "learning_rate=0.1")
     options = [word for part in sets for word in ("--set", part)]
     assert status("tune", *asked, *options, "--out", "tuned") == 0
     found = json.loads((workplace / "tuned/adapter/keepshot-prompt.json").read_text("utf-8"))

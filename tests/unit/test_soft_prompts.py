@@ -273,7 +273,7 @@ def test_held_out_rows_are_read_under_the_prompts_of_their_own_tasks(fresh_pico:
         for name, part in (("a", found[:2]), ("b", found[2:]))
         for sample in under_prompt(part, model.soft_prompt(name))
     ]
-    assert all(len(sample.ids) == len(plain.ids) + 3 for sample, plain in zip(under, found))
+    assert [len(sample.ids) for sample in under] == [len(sample.ids) + 3 for sample in found]
     assert record.validation_loss == pytest.approx(mean_loss(model, under), abs=1e-6)
     assert record.validation_loss != pytest.approx(mean_loss(model, found), abs=0.1)
     assert record.num_validation == 4
