@@ -40,14 +40,15 @@ def write_blend(spec: Any, out: Path, store: AssetStore, overwrite: bool, as_jso
 
         rule = rule_for(spec, locate)
     with working(as_json) as screen, contextlib.ExitStack() as stack:
-        notes: list[str] = []
+        notes: tuple[str, ...] = ()
         if spec.reduce is not None:
             from keepshot.jobs.reduce import reduced
 
-            place, notes = stack.enter_context(reduced(spec, locate, out, screen))
-        means = Means(locate, store, check, screen, place)
+            made = reduced(spec, locate, out, screen, overwrite=overwrite)
+            place, notes = stack.enter_context(made)
+        means = Means(locate, store, check, screen, place, notes)
         record = write_one(spec, out, means, overwrite=overwrite, rule=rule)
-        for note in (*notes, *record.notes):
+        for note in record.notes:
             screen.note(note)
     if as_json:
         print_json({"schema": 1, "directory": str(out), "blend": record.as_dict()})

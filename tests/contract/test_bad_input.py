@@ -22,6 +22,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,7 +35,7 @@ from keepshot.records import Cost, ResultDocument, write_items
 from keepshot.tuning.anchors import AnchorKL
 from keepshot.tuning.method_specs import LoRA
 from keepshot.tuning.methods import export, prepare
-from pico import pico_model
+from pico import VOCAB_SIZE, pico_model
 
 EARLY: list[tuple[str, str]] = [
     # names that do not exist
@@ -126,6 +127,16 @@ EARLY: list[tuple[str, str]] = [
     ("blend base other --lambda 1 --set reduce=lora:0.5", "nearest is 'lore'"),
     ("blend base other --lambda 1 --set reduce=prune:2", "above 0 and at most 1 after prune:"),
     ("blend base other --sweep 0,1 --tasks addition", "name one with --target"),
+    ("blend base other --sweep 0,1 --target colours.jsonl --pick weighted:x", "write weighted:2"),
+    ("blend base other --lambda 0.5 --tasks addition", "`tasks` is for a --sweep"),
+    (
+        "blend base other --sweep 0,1 --target colours.jsonl --out base/path",
+        "lies inside the input base; choose another --out",
+    ),
+    ("blend base wider --sweep 0,1 --target colours.jsonl", "needs vocabularies of one size"),
+    ("blend base other+adapter --lambda 0.5", "is an adapter on 'other', and the base given is"),
+    ("blend base other+adapter --sweep 0,1 --target colours.jsonl", "'base'; give one base"),
+    ("blend base bottleneck --lambda 0.5", "`peft_type` is missing"),
     ("run recipe.yaml --set measure.tasks=[upper-case]", "'upper-case' is an anchor"),
     ("run recipe.yaml --set measure.tasks=[colours.jsonl]", "'colours.jsonl' is the target"),
     ("run recipe.yaml --data country-capital", "nothing to train on"),
@@ -273,6 +284,7 @@ def _write_files(root: Path) -> None:
         "torn/results.json": '{"schema": 1, "mod',
         "pickled/config.json": "{}",
         "pickled/pytorch_model.bin": "",
+        "bottleneck/adapter_config.json": '{"config": {"reduction_factor": 16}}',
         "models/readme.txt": "",
     }
     for name, text in texts.items():
@@ -309,6 +321,12 @@ def _write_broken_models(root: Path) -> None:
     copied("short", max_position_embeddings=64)
     copied("short2", max_position_embeddings=64)
     _drop(copied("lacking"), "model.layers.2.mlp.up_proj.weight")
+    wider = copied("wider", vocab_size=VOCAB_SIZE + 1) / "model.safetensors"
+    grown = {
+        name: torch.cat([tensor, tensor[:1]]) if len(tensor) == VOCAB_SIZE else tensor
+        for name, tensor in load_file(wider).items()
+    }
+    save_file(grown, wider, metadata={"format": "pt"})
     _drop(copied("shallow", num_hidden_layers=2), "model.layers.2.")
     writer = gguf.GGUFWriter(root / "whole.gguf", "llama")
     writer.add_tensor("token_embd.weight", np.zeros((64, 64), dtype=np.float32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import AdaLoraConfig, IA3Config, LoraConfig, OFTConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from keepshot.blending.adapter import dora_at
+from keepshot.blending.planning import Writing
 from keepshot.blending.sweep import rescale_adapter
 from keepshot.blending.write import verify, write
 from keepshot.errors import ModelError
@@ -96,6 +99,28 @@ def test_on_disk_and_in_memory_it_is_the_path_between_base_and_merged(
     assert not torch.allclose(first, whole, atol=1e-2)
     torch.testing.assert_close(adapted(tmp_path / "out0")(ids).logits, first, rtol=1e-4, atol=1e-4)
     assert torch.equal(adapted(tmp_path / "out3")(ids).logits, whole)
+
+
+def test_a_dora_adapter_of_16_bits_is_rounded_as_asked(fresh_pico: Build, tmp_path: Path) -> None:
+    family, config = CONFIGS["dora"]
+    live = trained(fresh_pico(family), config)
+    live.to(torch.bfloat16).save_pretrained(tmp_path / "adapter")
+    fresh_pico(family).module.save_pretrained(tmp_path / "base")
+
+    def written(name: str, **options: Any) -> dict[str, torch.Tensor]:
+        out = tmp_path / name
+        write(tmp_path / "base", tmp_path / "adapter", 0.3, out, Writing(**options))
+        return load_file(out / "adapter_model.safetensors")
+
+    nearest = written("nearest")
+    (first, second) = (written(str(n), rounding="stochastic", seed=n) for n in range(2))
+    for name, values in nearest.items():
+        assert values.dtype == torch.bfloat16
+        alike = [torch.equal(values, other[name]) for other in (first, second)]
+        assert all(alike) if "lora_A" in name else not any(alike), name
+        step = 2.0**-7 * values.abs() + 1e-30
+        assert bool(((first[name] - values).abs() <= step).all())
+        assert torch.equal(first[name], second[name]) == ("lora_A" in name)
 
 
 @given(lam=st.floats(-0.5, 1.5), seed=st.integers(0, 10**6), rank=st.integers(1, 3))

@@ -26,6 +26,7 @@ from keepshot.assets import AssetStore
 from keepshot.models.checkpoint import TensorReader
 from keepshot.models.loading import LanguageModel, load, save
 from keepshot.records import ResultDocument, read_items
+from pico_gguf import write_gguf
 
 RECIPE: dict[str, Any] = {
     "name": "tiny",
@@ -294,7 +295,9 @@ def test_tune_on_several_sets_with_embedded_instructions_prints_what_was_read(
         assert source["fingerprint"] in printed
 
 
-def test_a_difference_is_made_smaller_before_it_is_blended(workplace: Path) -> None:
+def test_a_difference_is_made_smaller_before_it_is_blended(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     place = workplace / "new"
     blend = ("blend", "base", "other", "--lambda", "0.5", "--out", "new", "--overwrite")
     assert status(*blend, "--set", "reduce=prune:0.25") == 0
@@ -310,10 +313,82 @@ def test_a_difference_is_made_smaller_before_it_is_blended(workplace: Path) -> N
     assert int(changed.sum()) == round(0.25 * before.numel())
     assert torch.allclose(found[changed], ((before + after) / 2)[changed], atol=1e-6)
     assert status(*blend, "--set", "reduce=lore:0.5") == 0
+    record = json.loads((place / "keepshot.json").read_text("utf-8"))
+    assert record["notes"][0].startswith("the adapter reproduces 0.")
+    assert "tensors that no LoRA matrix can say" in (place / "README.md").read_text("utf-8")
     factors = TensorReader(place)
     assert all(".lora_" in name for name in factors.names)
     assert status("measure", "new", "--tasks", "addition", "--limit", "2", "--seeds", "1") == 0
     assert [path.name for path in workplace.iterdir() if path.name.startswith(".new")] == []
+    capsys.readouterr()
+    assert status(*blend[:-1], "--set", "reduce=lore:0.5") == 2
+    said = capsys.readouterr().err
+    assert "new: already exists; add --overwrite" in said
+    assert "reducing" not in said  # which can take hours
+
+
+def test_a_reduced_blend_that_was_killed_goes_on(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reduced model is made anew, and is no changed input for that."""
+    blend = ("blend", "base", "other", "--lambda", "0.5", "--out", "new")
+    half = ("--set", "reduce=prune:0.5")
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("keepshot.blending.write.write_shards", stop)
+        # As after a kill, nothing is tidied.
+        patch.setattr("keepshot.blending.unfinished._tidy", lambda *_: True)
+        assert status(*blend, *half) == 130
+    assert (workplace / ".new.partial").exists()
+    capsys.readouterr()
+    assert status(*blend, "--set", "reduce=prune:0.25") == 2
+    assert "changed since this blend was begun" in capsys.readouterr().err
+    assert status(*blend, *half) == 0
+
+
+def test_gguf_is_blended_as_the_directories_it_was_made_of(
+    workplace: Path, fresh_pico: Callable[..., LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEEPSHOT_CACHE", str(workplace / "cache"))
+    for name, seed in (("base", 0), ("other", 1)):
+        write_gguf(fresh_pico("llama", seed=seed).module, workplace / f"{name}.gguf")
+    assert status("blend", "base.gguf", "other.gguf", "--lambda", "0.4", "--out", "file") == 0
+    assert status("blend", "base", "other", "--lambda", "0.4", "--out", "folder") == 0
+    with TensorReader(workplace / "file") as file, TensorReader(workplace / "folder") as folder:
+        assert set(file.names) == set(folder.names)
+        assert all(torch.equal(file.read(name), folder.read(name)) for name in file.names)
+    assert status("measure", "file", "--tasks", "addition", "--limit", "2", "--seeds", "1") == 0
+
+
+def test_a_sweep_does_not_go_on_with_another_model(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Points of two models would have been put on one path."""
+    asked = ["--tasks", "addition", "--shots", "2", "--limit", "2", "--seeds", "1"]
+    sweep = ["--sweep", "0,1", *asked, "--pick", "best-icl", "--no-check", "--out", "path"]
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("keepshot.jobs.blend.with_interval", stop)
+        assert status("blend", "base", "other", *sweep) == 130
+    kept = workplace / ".path.unfinished" / "parts" / "path-1.parquet"
+    written = kept.stat().st_mtime_ns
+    file = workplace / "other" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    capsys.readouterr()
+    assert status("blend", "base", "other", *sweep) == 2
+    assert "other has changed;\nadd --overwrite to discard it" in capsys.readouterr().err
+    assert kept.stat().st_mtime_ns == written
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert status("blend", "base", "other", *sweep) == 0
 
 
 def test_blend_writes_one_point_and_sweeps_a_path(

@@ -91,6 +91,29 @@ def test_blend_wants_one_lambda_or_a_path() -> None:
         blend_spec(None, {"base": "a", "tuned": "b", "lam": 0.5, "sweep": (0.0, 1.0)}, [])
 
 
+PAIR = {"base": "a", "tuned": "b"}
+
+
+@pytest.mark.parametrize(
+    ("given", "overrides", "message"),
+    [
+        ({"sweep": ()}, [], "`sweep`"),
+        ({}, ["sweep=[0, .nan, 1]"], r"`sweep\.1` = nan: Input should be a finite number"),
+        ({"lam": 0.5}, ["beta=2"], "`beta` is how much of `second` is added"),
+        ({"lam": 0.5, "tasks": ["core"]}, [], "`tasks` is for a --sweep"),
+        ({"lam": 0.5}, ["resolution=0.1"], "`resolution` is for a --sweep"),
+        ({}, ["lam=0.5", "following.prompts=ifeval"], "`following` is for a --sweep"),
+        ({"lam": 1}, ["reduce=lore:0.5", "rule.kinds.mlp=0"], "leave out `rule`"),
+        ({"lam": 1, "dtype": "float16"}, ["reduce=lore:0.5"], "leave out `write_dtype`"),
+    ],
+)
+def test_what_would_have_no_effect_on_a_blend_is_refused(
+    given: dict[str, object], overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        blend_spec(None, {**PAIR, **given}, overrides)
+
+
 BLENDS = sorted((Path(__file__).parents[2] / "recipes" / "blend").glob("*.yaml"))
 
 

@@ -20,6 +20,7 @@ from keepshot.models.bases import record_base
 from keepshot.models.identity import directory_sha256, file_sha256
 from keepshot.models.loading import LanguageModel, load, save
 from pico import character_tokenizer, pico_model
+from pico_gguf import write_gguf as gguf_of
 
 IDS = torch.tensor([[5, 17, 40, 8, 21]])
 
@@ -247,6 +248,33 @@ def test_gguf_without_a_tokenizer_is_refused(tmp_path, cache):
     path = write_gguf(tmp_path / "m.gguf")
     with pytest.raises(ModelError, match=r"m\.gguf: transformers cannot read"):
         load(str(path), cache)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "merge", "message"),
+    [
+        (
+            ["blk.1.ffn_up.weight"],
+            "a b",
+            r"tensor model\.layers\.1\.mlp\.up_proj\.weight is missing",
+        ),
+        ([], "\u0120 \u0120", "cannot read this GGUF: Error while initializing BPE: Token"),
+    ],
+)
+def test_a_gguf_that_lacks_something_is_refused(
+    left_out: list[str], merge: str, message: str, tmp_path: Path, cache: AssetStore
+) -> None:
+    """Weights would be invented, and tokenizers has an error of no class of its own."""
+    path = gguf_of(pico_model("llama").module, tmp_path / "m.gguf", left_out=left_out, merge=merge)
+    with pytest.raises(ModelError, match=message):
+        load(str(path), cache)
+
+
+def test_a_gguf_with_a_tied_head_is_whole(tmp_path: Path, cache: AssetStore) -> None:
+    module = pico_model("llama").module
+    path = gguf_of(module, tmp_path / "m.gguf", left_out=["output.weight"])
+    loaded = load(str(path), cache).module
+    assert torch.equal(loaded.lm_head.weight, module.model.embed_tokens.weight)
 
 
 def with_tokenizer(*, add_bos: bool) -> LanguageModel:

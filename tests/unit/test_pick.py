@@ -227,6 +227,16 @@ def test_no_loss_takes_the_best_target_where_nothing_is_significantly_lost() -> 
     assert pick(lost, NoLoss()).reason.startswith("no lambda does this")
 
 
+def test_best_worst_says_that_there_is_nothing_to_keep() -> None:
+    points = [
+        point.model_copy(update={"target": 0.0, "tasks": {"a": 0.5}}) for point in path(DAMAGED)
+    ]  # fmt: skip
+    record = pick(points, BestWorst())
+    assert (record.lam, record.reason) == (
+        None, "no lambda does this: the tuned model scores 0 on the target",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("text", ["best-worst:0.8", "no-loss"])
 def test_new_rules_are_read_as_they_are_written(text: str) -> None:
     assert str(parse_rule(text)) == text
@@ -246,6 +256,7 @@ def test_midpoints_close_in_on_the_pick() -> None:
     closest = min(measured, key=lambda lam: abs(lam - best))
     assert abs(closest - best) <= 0.05
     assert rounds <= 5
+    assert next_lambdas([0.0, 0.5, 0.500001], 0.5, 1e-7) == [0.25]  # no decimal lies between
 
 
 def items(lam: float, task: str, shots: int, correct: list[float], seed: int) -> list[ItemResult]:

@@ -114,6 +114,12 @@ def test_unfinished_work_says_which_settings_and_files_changed(
     Workspace(tmp_path / "out", spec, overwrite=True).begin()
     assert not (unfinished / "left").exists()
     Workspace(tmp_path / "out", spec)
+    for _ in range(2):
+        Workspace(tmp_path / "out", spec).begin({"base": "1"})
+    with pytest.raises(OutputError, match=r"unfinished:\nbase has changed;\nadd --overwrite"):
+        Workspace(tmp_path / "out", spec).begin({"base": "2"})
+    Workspace(tmp_path / "out", spec, overwrite=True).begin({"base": "2"})
+    Workspace(tmp_path / "out", spec).begin({"base": "2"})
     # Work that an earlier version began, which noted no files, goes on.
     (unfinished / "inputs.json").unlink()
     Path("c.jsonl").write_text("still other rows", encoding="utf-8")

@@ -83,6 +83,8 @@ def models(draw: st.DrawFn) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     if draw(st.booleans()):
         base["ids"] = torch.arange(5)
         tuned["ids"] = torch.arange(5)
+    for content in draw(st.sampled_from([(), (base,), (tuned,), (base, tuned)])):
+        content["head.w"] = content["layer.0.w"].clone()
     return base, tuned
 
 
@@ -99,6 +101,7 @@ LAMS = st.one_of(st.sampled_from([0.0, 1.0, 0.5]), st.floats(-0.5, 1.5))
 def test_streamed_is_in_memory_is_the_oracle_within_one_rounding(pair, layouts, lams, shard_bytes):
     base, tuned = pair
     rule = {f"layer.{number}.w": lam for number, lam in enumerate(lams)} | {"ids": lams[0]}
+    rule["head.w"] = lams[0]  # a tied copy, if there is one
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         ends = [
@@ -109,7 +112,11 @@ def test_streamed_is_in_memory_is_the_oracle_within_one_rounding(pair, layouts, 
         record = write(*ends, rule.__getitem__, root / "out", options)
         found = read(root / "out")
         sums = record.realised.by_tensor
-    assert found.keys() == base.keys()
+    assert found.keys() == base.keys() & tuned.keys()
+    left_out = base.keys() ^ tuned.keys()
+    assert [note.partition(" is ")[0] for note in record.notes if "tied" in note] == [
+        f"tensor {name!r}" for name in left_out
+    ]
     for name, out in found.items():
         lam, origin, end = rule[name], base[name], tuned[name]
         if not origin.is_floating_point():
@@ -344,6 +351,26 @@ def test_a_second_difference_is_added(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert record.realised.overall == pytest.approx(1.0, abs=1e-6)
     assert BlendRecord.read(tmp_path / "out") == record
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_a_second_model_holds_is_not_laid_on_the_blend(
+    beta: float, value: float, tmp_path: Path
+) -> None:
+    contents = [{"w": torch.randn(4, 4)} for _ in range(3)]
+    contents[2]["w"][1, 1] = value
+    base, tuned, other = (
+        save(content, tmp_path / str(number), 1) for number, content in enumerate(contents)
+    )
+    with pytest.raises(ModelError, match=r"second tensor 'w' holds (NaN|infinity); this check"):
+        write(base, tuned, 0.5, tmp_path / "out", Writing(second=(other, beta)))
+
+
+def test_extrapolating_by_the_second_model_is_noted(tmp_path: Path) -> None:
+    ends = [save({"w": torch.randn(4, 4)}, tmp_path / str(number), 1) for number in range(3)]
+    record = write(*ends[:2], 0.5, tmp_path / "out", Writing(second=(ends[2], 2.0)))
+    assert record.notes[0].startswith("beta 2 lies outside 0..1")
 
 
 @pytest.mark.parametrize("axis", [0, -1])

@@ -172,6 +172,17 @@ def test_record_and_card_say_what_was_done(pair: tuple[Path, Path], tmp_path: Pa
     assert str(tmp_path) not in card
 
 
+def test_the_card_names_what_was_hashed(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    record = write(*pair, 0.4, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    for digests in (record.base_sha256, record.tuned_sha256, record.output_sha256):
+        assert digests["model.safetensors"] in card
+    write(*pair, 0.4, tmp_path / "quick", Writing(hash_files=False))
+    card = (tmp_path / "quick" / "README.md").read_text("utf-8")
+    assert "Nothing was hashed" in card
+    assert "verify" not in card
+
+
 def test_dtype_is_converted_recorded_and_the_realised_lambda_told(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -206,6 +217,19 @@ def test_lambda_may_be_a_function_of_the_name(pair: tuple[Path, Path], tmp_path:
 def test_extrapolation_is_noted(pair: tuple[Path, Path], tmp_path: Path) -> None:
     record = write(*pair, 1.5, tmp_path / "out")
     assert "extrapolates beyond the tuned model" in record.notes[0]
+
+
+def test_extrapolation_by_a_rule_is_noted_at_its_furthest(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    lams = {"mlp.up_proj": 1.25, "mlp.down_proj": 1.5, "v_proj": -0.5}
+
+    def rule(name: str) -> float:
+        return next((lam for part, lam in lams.items() if part in name), 0.5)
+
+    notes = write(*pair, rule, tmp_path / "out").notes
+    told = [note.partition(":")[0] for note in notes]
+    assert told == [f"lambda {lam} lies outside 0..1" for lam in ("-0.5", "1.5")]
 
 
 @pytest.mark.parametrize("side", [0, 1])
@@ -278,8 +302,13 @@ def test_bad_requests_are_refused_before_anything_is_read(tmp_path: Path) -> Non
     nowhere = tmp_path / "nowhere"
     with pytest.raises(ConfigError, match="lambda nan is not a number"):
         write(nowhere, nowhere, math.nan, tmp_path / "out")
+    with pytest.raises(ConfigError, match="lambda 'half' is not a number"):
+        write(nowhere, nowhere, "half", tmp_path / "out")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="dtype 'bfloat1' is unknown; nearest is 'bfloat16'"):
         write(nowhere, nowhere, 0.5, tmp_path / "out", Writing(dtype="bfloat1"))
+    for name, value in (("rounding", "up"), ("settings_from", "tund"), ("one_sided", "carri")):
+        with pytest.raises(ConfigError, match=f"{name} '{value}' is unknown"):
+            write(nowhere, nowhere, 0.5, tmp_path / "out", Writing(**{name: value}))
     with pytest.raises(ModelError, match="nowhere"):
         write(nowhere, nowhere, 0.5, tmp_path / "out")
 
@@ -295,6 +324,20 @@ def test_an_output_that_holds_something_or_lies_in_an_input_is_refused(
         with pytest.raises(OutputError, match="lies inside the input"):
             write(*pair, 0.5, out)
     assert not (pair[1] / "blend").exists()
+
+
+@pytest.mark.parametrize("reached", ["plainly", "through a link"])
+def test_an_output_that_holds_an_input_is_refused(
+    reached: str, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Replacing it would have thrown the inputs away."""
+    out, before = tmp_path, tensors(pair[1])
+    if reached == "through a link":
+        out = tmp_path.parent / f"{tmp_path.name}-link"
+        out.symlink_to(tmp_path)
+    with pytest.raises(OutputError, match=r"holds the input .*base; choose another --out"):
+        write(*pair, 0.5, out, Writing(overwrite=True))
+    assert_same_bits(tensors(pair[1]), before)
 
 
 def test_a_disk_too_full_is_told_before_writing(

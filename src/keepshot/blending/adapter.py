@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from keepshot.blending.arithmetic import Array, narrow, widen
+from keepshot.blending.arithmetic import Array, widen
 from keepshot.blending.stream import Files, same_bytes
 from keepshot.errors import ModelError
 from keepshot.models.shards import Checkpoint, StoredTensor, plan_shards
@@ -78,7 +78,8 @@ def check_exact(config: Mapping[str, Any], *, where: str) -> None:
     if kind not in ("LORA", "IA3"):
         raise ModelError(
             f"{where}: an adapter of type {kind!r} cannot be scaled by lambda; only LoRA, rsLoRA, "
-            "DoRA and IA3 can. Merge it into its base and blend the two directories"
+            "DoRA and IA3 can. If its kind can be merged into its base, merge it and blend the two "
+            "directories"
         )
     reason = next((text for key, text in _NOT_LINEAR.items() if config.get(key)), None)
     if reason is None and config.get("bias", "none") != "none":
@@ -204,7 +205,7 @@ def dora_at(
 def scale_dora(
     adapter: Checkpoint, base: Checkpoint, config: Mapping[str, Any], lam: float, file: Path
 ) -> None:
-    """Write the weights of a DoRA adapter at lambda to `file`.
+    """Write the weights of a DoRA adapter at lambda to `file`: what lambda changes in float64.
 
     Raises:
         ModelError: if the adapter is not on linear layers alone, or lambda has no such form.
@@ -231,14 +232,15 @@ def scale_dora(
                     "merge the adapter into its base and blend the two directories"
                 )
             new[b.name], new[m.name] = up * found[0][:, None], found[1].reshape(m.shape)
-        layout = [(t.name, t.dtype, t.shape) for t in adapter.tensors.values()]
+        layout = [
+            (t.name, "F64" if t.name in new else t.dtype, t.shape) for t in adapter.tensors.values()
+        ]
         (shard,) = plan_shards(layout, 1 << 62, file.parent, single=file.name)
         with file.open("wb") as stream:
             stream.write(shard.header)
             for name, tensor in adapter.tensors.items():
                 if name in new:
-                    raw = narrow(np.ascontiguousarray(new[name]).reshape(-1), tensor.dtype)
-                    stream.write(raw.tobytes())
+                    stream.write(np.ascontiguousarray(new[name]).tobytes())
                 else:
                     stream.write(files.read(tensor, 0, np.empty(tensor.num_bytes, np.uint8)).data)
 

@@ -112,8 +112,8 @@ class BlendRecord:
 
 
 def model_card(record: BlendRecord) -> str:
-    """Return the text of `README.md`: what this is, lambda, and the sha256 of the inputs."""
-    what = "a LoRA adapter scaled by lambda" if record.kind == "adapter" else "a language model"
+    """Return the text of `README.md`: what this is, lambda, and the sha256 of all weight files."""
+    what = "an adapter at lambda" if record.kind == "adapter" else "a language model"
     library = "peft" if record.kind == "adapter" else "transformers"
     base, tuned = Path(record.base).name, Path(record.tuned).name
     lam = "set tensor by tensor" if record.lam is None else f"{record.lam:g}"
@@ -135,10 +135,11 @@ def model_card(record: BlendRecord) -> str:
               "unless a note says otherwise."]  # fmt: skip
     if record.notes:
         lines += ["", "Notes:", *(f"- {note}" for note in record.notes)]
-    if record.base_sha256:
-        lines += ["", "sha256 of the inputs:", ""]
+    if not record.output_sha256:
+        return "\n".join([*lines, "", "Nothing was hashed (--no-check).", ""])
+    lines += ["", "sha256 of the weights read and written:", ""]
     lines += _hashes("base", record.base_sha256) + _hashes("tuned", record.tuned_sha256)
-    lines += _hashes("second", record.second_sha256)
+    lines += _hashes("second", record.second_sha256) + _hashes("output", record.output_sha256)
     lines += ["", f"`keepshot verify` checks the files here against `{RECORD_NAME}`.", ""]
     return "\n".join(lines)
 

@@ -55,7 +55,8 @@ def compare_configs(base_dir: Path, tuned_dir: Path) -> list[str]:
     if len(ties) > 1:
         raise ModelError(
             "`tie_word_embeddings` is true in one config.json and false in the other; "
-            "untie the tied model first"
+            "untie the tied model first\n(load it, give its head a clone of the embeddings, set "
+            "`tie_word_embeddings` in its config to false, save it)"
         )
     keys = sorted((base.keys() | tuned.keys()) - _FREE)
     notes = [

@@ -274,11 +274,12 @@ def next_lambdas(measured: Sequence[float], lam: float | None, width: float) -> 
     below = max((other for other in measured if other < lam), default=None)
     above = min((other for other in measured if other > lam), default=None)
     # Rounded, so that a lambda is the decimal that is shown.
-    return [
+    middles = [
         round((lam + side) / 2, 6)
         for side in (below, above)
         if side is not None and abs(side - lam) > width + 1e-9
     ]
+    return [middle for middle in middles if middle not in measured]  # neighbouring decimals
 
 
 def _resampled_points(
@@ -320,7 +321,9 @@ def _best_worst(path: Sequence[PathPoint], share: float) -> tuple[float | None, 
     tuned, base = _target(_at(path, 1.0)), _at(path, 0.0)
     floor = share * tuned
     enough = [point for point in path if _target(point) >= floor - 1e-9]
-    if tuned <= 0.0 or not enough:
+    if tuned <= 0.0:
+        return None, "no lambda does this: the tuned model scores 0 on the target"
+    if not enough:
         return None, f"no lambda does this: none has a target score of at least {floor:.3f}"
 
     def worst(point: PathPoint) -> tuple[float, str]:
@@ -441,10 +444,11 @@ def _ability(point: PathPoint) -> str:
 
 
 def _number(text: str, rule: str) -> float:
+    example = _EXAMPLES[rule.strip().partition(":")[0]]
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ConfigError(f"pick rule {rule!r}: {text!r} is not a number; write keep-target:0.9")
+        raise ConfigError(f"pick rule {rule!r}: {text!r} is not a number; write {example}")
     return value

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from keepshot.blending.adapter import (
     ADAPTER_CONFIG,
@@ -23,7 +23,7 @@ from keepshot.blending.adapter import (
     check_exact,
     scale_dora,
 )
-from keepshot.blending.arithmetic import FLOATS, Lambda, Rounding
+from keepshot.blending.arithmetic import FLOATS, Lambda, Rounding, RowLambda
 from keepshot.blending.companions import compare_configs, compare_tokens, may_be_tied, vocabulary
 from keepshot.blending.rules import LambdaRule, as_rule, check_lambda
 from keepshot.blending.stream import Side, TensorPlan, same_bytes
@@ -33,6 +33,8 @@ from keepshot.models.shards import Checkpoint, StoredTensor, open_checkpoint
 
 MAX_SHARD_BYTES = 5_000_000_000
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+Settings = Literal["tuned", "base"]
+OneSided = Literal["refuse", "carry"]
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _WIDTH = {"F64": 3, "F32": 2, "F16": 1, "BF16": 1}
 
@@ -50,9 +52,9 @@ class Writing:
     """Of stochastic rounding."""
     max_shard_bytes: int = MAX_SHARD_BYTES
     """A shard is closed before it would exceed this."""
-    settings_from: Literal["tuned", "base"] = "tuned"
+    settings_from: Settings = "tuned"
     """Whose tokenizer, chat template and generation settings go into the output."""
-    one_sided: Literal["refuse", "carry"] = "refuse"
+    one_sided: OneSided = "refuse"
     """What becomes of tensors that only one side has."""
     second: tuple[Path, float] | None = None
     """A further model tuned from the same base, and how much of its difference is added
@@ -64,6 +66,8 @@ class Writing:
     """What the record calls base, tuned and `second`, if not by their directories."""
     overwrite: bool = False
     """Replace what lies at the output, and forget an unfinished try."""
+    notes: tuple[str, ...] = ()
+    """What the record says besides."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +110,7 @@ def plan_blend(
         ConfigError: if a lambda is not a finite number, or an option is unknown.
         ModelError: if the inputs do not fit (which tensor).
     """
-    if options.dtype is not None and options.dtype not in DTYPES:
-        raise ConfigError(unknown("dtype", options.dtype, DTYPES, f"known: {', '.join(DTYPES)}"))
+    _check_options(options)
     if (base_dir / ADAPTER_CONFIG).exists():
         raise ModelError(f"{base_dir}: is an adapter; base must be a whole model")
     if not (tuned_dir / ADAPTER_CONFIG).exists():
@@ -118,6 +121,20 @@ def plan_blend(
             "merge it into its base for anything else"
         )
     return _plan_adapter(base_dir, tuned_dir, lam, scratch)
+
+
+def _check_options(options: Writing) -> None:
+    known: dict[str, tuple[str | None, ...]] = {
+        "dtype": (None, *DTYPES),
+        "rounding": get_args(Rounding),
+        "settings_from": get_args(Settings),
+        "one_sided": get_args(OneSided),
+    }
+    for name, values in known.items():
+        value = getattr(options, name)
+        if value not in values:
+            names = [text for text in values if text]
+            raise ConfigError(unknown(name, str(value), names, f"known: {', '.join(names)}"))
 
 
 def _plan_adapter(base_dir: Path, adapter_dir: Path, lam: float, scratch: Path) -> BlendPlan:
@@ -131,8 +148,8 @@ def _plan_adapter(base_dir: Path, adapter_dir: Path, lam: float, scratch: Path) 
     if config.get("use_dora") and lam != 1.0:
         scale_dora(adapter, base, config, lam, scratch / ADAPTER_WEIGHTS)
         for name, tensor in open_checkpoint(scratch / ADAPTER_WEIGHTS).tensors.items():
-            side = (Side(tensor, 1.0),)
-            tensors[name] = TensorPlan(name, tensor.dtype, tensor.shape, None, side, on_path=False)
+            side, kind = (Side(tensor, 1.0),), adapter.tensors[name].dtype
+            tensors[name] = TensorPlan(name, kind, tensor.shape, None, side, on_path=False)
         return BlendPlan(inputs, tensors, is_adapter=True, variant=f"DoRA at {lam!r}")
     for name, tensor in adapter.tensors.items():
         origin = origins[name]
@@ -149,10 +166,11 @@ def _plan_adapter(base_dir: Path, adapter_dir: Path, lam: float, scratch: Path) 
 def _plan_model(base_dir: Path, tuned_dir: Path, rule: LambdaRule, options: Writing) -> BlendPlan:
     notes = compare_configs(base_dir, tuned_dir)
     inputs = {"base": open_checkpoint(base_dir), "tuned": open_checkpoint(tuned_dir)}
-    second = _second_side(base_dir, inputs, options)
+    second = _second_side(base_dir, inputs, options, notes)
     base, tuned = inputs["base"].tensors, inputs["tuned"].tensors
     carried = _one_sided(inputs, tuned_dir, options, notes)
     resized = _Vocabulary(base_dir, tuned_dir, options)
+    reach = (0.0, 1.0)
     tensors: dict[str, TensorPlan] = {}
     for name, end in tuned.items():
         if name in carried:
@@ -164,6 +182,8 @@ def _plan_model(base_dir: Path, tuned_dir: Path, rule: LambdaRule, options: Writ
         start = base[name]
         lam = rule(name)
         check_lambda(lam)
+        values = lam.values if isinstance(lam, RowLambda) else (lam,)
+        reach = min(reach[0], *values), max(reach[1], *values)
         if start.shape != end.shape:
             resized.check(start, end)
         sides = (Side(end, lam), *second(name, start))
@@ -171,15 +191,19 @@ def _plan_model(base_dir: Path, tuned_dir: Path, rule: LambdaRule, options: Writ
         tensors[name] = TensorPlan(name, _written(kept, options), end.shape, start, sides)
     if not tensors:
         raise ModelError(f"{base_dir} and {tuned_dir} have no tensor in common")
+    notes += [note for end in reach if (note := check_lambda(end))]
     return BlendPlan(inputs, tensors, notes=(*notes, *resized.notes()))
 
 
-def _second_side(base_dir: Path, inputs: dict[str, Checkpoint], options: Writing) -> Any:
+def _second_side(
+    base_dir: Path, inputs: dict[str, Checkpoint], options: Writing, notes: list[str]
+) -> Any:
     """Open the further model and return a function from a tensor to its side (or none)."""
     if options.second is None:
         return lambda _name, _start: ()
     directory, beta = options.second
-    check_lambda(beta)
+    if note := check_lambda(beta):
+        notes.append(note.replace("lambda", "beta", 1))
     compare_configs(base_dir, directory)
     inputs["second"] = open_checkpoint(directory)
     found = inputs["second"].tensors

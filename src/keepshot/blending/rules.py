@@ -40,7 +40,7 @@ def check_lambda(lam: object) -> str | None:
         ConfigError: if `lam` is not a finite number.
     """
     if isinstance(lam, RowLambda):
-        notes = (check_lambda(value) for value in (min(lam.values), max(lam.values)))
+        notes = [check_lambda(value) for value in sorted(set(lam.values))]
         return next((note for note in notes if note), None)
     # Booleans are integers to Python, but `lambda: true` in a file is a slip.
     if isinstance(lam, bool) or not isinstance(lam, (int, float)) or not math.isfinite(lam):

@@ -356,13 +356,14 @@ class _Work:
             base_raw = self._read("base", plan.base, start, count)
             base = widen(base_raw, plan.base.dtype, wide, self._buffer("base wide", count, wide))
         side = plan.sides[0]
-        tuned_raw = self._read("tuned", side.tensor, start, count)
-        tuned = widen(tuned_raw, side.tensor.dtype, wide, self._buffer("tuned wide", count, wide))
+        tuned_raw, tuned = self._end("tuned", side, wide, start, count)
+        found = {"base": base, "tuned": tuned}
         # What is wrong with an input shows in the sums below, and is named then.
         with np.errstate(invalid="ignore", over="ignore"):
             delta = np.subtract(tuned, base, out=self._buffer("delta", count, wide))
             if len(plan.sides) > 1:
-                values = self._add_second(plan, base, delta, start)
+                _, found["second"] = self._end("second", plan.sides[1], wide, start, count)
+                values = _add_second(plan, base, delta, found["second"], start)
             else:
                 values = mix(base, tuned, delta, _lambda_at(side.lam, start, stop, plan.shape))
             out = self._rounded(plan, values, start, (base, base_raw), (tuned, tuned_raw))
@@ -372,28 +373,18 @@ class _Work:
             shift = np.subtract(landed, base, out=self._buffer("shift", count, wide))
             sums = product(shift, delta), product(delta, delta)
         if not (math.isfinite(sums[0]) and math.isfinite(sums[1])):
-            self._name_fault(plan, {"base": base, "tuned": tuned, "blend": landed})
+            self._name_fault(plan, {**found, "blend": landed})
             # All is finite: the squares alone were too large for float32.
             far, step = shift.astype(np.float64), delta.astype(np.float64)
             sums = product(far, step), product(step, step)
         return out, sums if plan.on_path else None
 
-    def _add_second(self, plan: TensorPlan, base: Array, delta: Array, start: int) -> Array:
-        """Turn `delta` into the sum of both sides' lambda * delta, and return base plus it."""
-        first, second = plan.sides
-        count = base.size
-        other = widen(
-            self._read("other", second.tensor, start, count),
-            second.tensor.dtype,
-            plan.wide,
-            self._buffer("other wide", count, plan.wide),
-        )
-        further = np.subtract(other, base)
-        stop = start + count
-        np.multiply(delta, _lambda_at(first.lam, start, stop, plan.shape), out=delta)
-        np.multiply(further, _lambda_at(second.lam, start, stop, plan.shape), out=further)
-        np.add(delta, further, out=delta)
-        return np.add(base, delta)
+    def _end(
+        self, use: str, side: Side, wide: type[np.floating[Any]], start: int, count: int
+    ) -> tuple[Array, Array]:
+        """Return elements of one side, as they are stored and in the type of the sum."""
+        raw = self._read(use, side.tensor, start, count)
+        return raw, widen(raw, side.tensor.dtype, wide, self._buffer(f"{use} wide", count, wide))
 
     def _rounded(
         self,
@@ -467,6 +458,17 @@ class _Work:
         if held is None:
             held = memory[use] = np.empty(CHUNK * 8, np.uint8)
         return held[: count * np.dtype(kind).itemsize].view(kind)
+
+
+def _add_second(plan: TensorPlan, base: Array, delta: Array, other: Array, start: int) -> Array:
+    """Turn `delta` into the sum of both sides' lambda * delta, and return base plus it."""
+    first, second = plan.sides
+    further = np.subtract(other, base)
+    stop = start + base.size
+    np.multiply(delta, _lambda_at(first.lam, start, stop, plan.shape), out=delta)
+    np.multiply(further, _lambda_at(second.lam, start, stop, plan.shape), out=further)
+    np.add(delta, further, out=delta)
+    return np.add(base, delta)
 
 
 def _lambda_at(lam: Lambda, start: int, stop: int, shape: tuple[int, ...]) -> Any:

@@ -80,13 +80,14 @@ def write(
         ConfigError: if lambda is not a finite number, or an option is unknown.
         ModelError: if the two do not fit (which tensor), one holds NaN or infinity, or an input
             changed since an interrupted write was begun.
-        OutputError: if `out_dir` holds something, lies inside an input, or the disk is too full.
+        OutputError: if `out_dir` holds something, lies inside an input or around one, or the disk
+            is too full.
     """
     options, watch = options or Writing(), watch or Watch()
-    number = None if callable(lam) else float(lam)
     note = None if callable(lam) else check_lambda(lam)
+    number = None if callable(lam) else float(lam)
     second = [options.second[0]] if options.second else []
-    _check_apart(out_dir, (base_dir, tuned_dir, *second))
+    check_apart(out_dir, (base_dir, tuned_dir, *second))
     claim(out_dir, overwrite=options.overwrite)
     names = options.names or tuple(map(str, (base_dir, tuned_dir, *second)))
     with TemporaryDirectory(prefix="keepshot-") as scratch:
@@ -103,7 +104,9 @@ def write(
             base_sha256={},
             tuned_sha256={},
             output_sha256={},
-            notes=tuple(text for text in (note, *plan.notes) if text),
+            notes=tuple(
+                dict.fromkeys(text for text in (*options.notes, note, *plan.notes) if text)
+            ),
             rounding=options.rounding,
             seed=options.seed,
             second=(names[2], options.second[1]) if options.second else None,
@@ -111,14 +114,32 @@ def write(
         return _write(plan, record, out_dir, options, watch)
 
 
-def check_inputs(base_dir: Path, tuned_dir: Path, options: Writing | None = None) -> None:
+def check_inputs(base_dir: Path, tuned_dir: Path, options: Writing | None = None) -> BlendPlan:
     """Check, by configs and headers alone, that two directories can be blended.
+
+    Returns:
+        What would be written at lambda 1; the files in it exist while the inputs do.
 
     Raises:
         ModelError: if they do not fit (which tensor).
     """
     with TemporaryDirectory(prefix="keepshot-") as scratch:
-        plan_blend(base_dir, tuned_dir, 1.0, options or Writing(), Path(scratch))
+        return plan_blend(base_dir, tuned_dir, 1.0, options or Writing(), Path(scratch))
+
+
+def check_apart(out_dir: Path, inputs: Sequence[Path]) -> None:
+    """Check that writing, or replacing, `out_dir` leaves the inputs alone.
+
+    Raises:
+        OutputError: if it lies inside an input, or an input inside it.
+    """
+    out = out_dir.resolve()
+    for directory in inputs:
+        given = directory.resolve()
+        if out == given or given in out.parents:
+            raise OutputError(f"{out_dir}: lies inside the input {directory}; choose another --out")
+        if out in given.parents:
+            raise OutputError(f"{out_dir}: holds the input {directory}; choose another --out")
 
 
 def verify(out_dir: Path) -> BlendRecord:
@@ -226,7 +247,9 @@ def _finish(
     if watch.check is not None:
         watch.progress.stage("loading and generating")
         checks.append(watch.check(folder))
-    record = replace(record, realised=realised, notes=notes, checked=tuple(checks))
+    record = replace(
+        record, realised=realised, notes=notes, checked=tuple(checks), output_sha256=written.sha256
+    )
     (folder / CARD_NAME).write_text(model_card(record), encoding="utf-8")
     if options.hash_files:
         files = [f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")]
@@ -298,14 +321,6 @@ def _rounding_note(realised: RealisedLambda, lam: float | None) -> str | None:
         "smaller than the steps between neighbouring numbers of this dtype; "
         "write float32, or round stochastically"
     )
-
-
-def _check_apart(out_dir: Path, inputs: Sequence[Path]) -> None:
-    out = out_dir.resolve()
-    for directory in inputs:
-        given = directory.resolve()
-        if out == given or given in out.parents:
-            raise OutputError(f"{out_dir}: lies inside the input {directory}; choose another --out")
 
 
 def _check_space(out_dir: Path, num_bytes: int) -> None:

@@ -11,10 +11,11 @@ from keepshot.assets import AssetStore
 from keepshot.blending.card import RECORD_NAME
 from keepshot.blending.parts import parts_of
 from keepshot.blending.pick import check_rule, next_lambdas, parse_rule, pick, with_interval
-from keepshot.blending.rules import LambdaRule, as_rule, by_part, restoring, shares
+from keepshot.blending.planning import BlendPlan
+from keepshot.blending.rules import LambdaRule, as_rule, by_part, check_lambda, restoring, shares
 from keepshot.blending.sweep import sweep
-from keepshot.blending.write import Watch, check_inputs, write
-from keepshot.errors import ConfigError
+from keepshot.blending.write import Watch, check_apart, check_inputs, write
+from keepshot.errors import ConfigError, ModelError
 from keepshot.jobs.along import resample_following, with_following, with_recall
 from keepshot.jobs.check import loads_and_generates
 from keepshot.jobs.following import Follower
@@ -25,7 +26,7 @@ from keepshot.jobs.rules import rule_for
 from keepshot.jobs.specs import BlendSpec, Measuring
 from keepshot.jobs.target import load_target
 from keepshot.jobs.workspace import Workspace
-from keepshot.jobs.write import Locate, find, writing
+from keepshot.jobs.write import Locate, find_both, writing
 from keepshot.models.bases import check_base, is_adapter
 from keepshot.models.checkpoint import TensorReader
 from keepshot.models.identity import directory_sha256
@@ -146,6 +147,8 @@ def _sweep_and_pick(
     walk = _walker(spec, tuned)
     questions, follower = asking.questions, asking.follower
     lams = sorted({0.0, *(spec.sweep or ()), *((1.0,) if spec.restore else ())})
+    for note in [note for lam in (lams[0], lams[-1]) if (note := check_lambda(lam))]:
+        where[1].note(note)
     at = _lambda_rule(spec, base)
     target = questions.target.name if questions.target else None
     rule = parse_rule(spec.pick)
@@ -155,7 +158,7 @@ def _sweep_and_pick(
         found = walk(
             base,
             wanted,
-            lambda lam: asking.ask(f"path-{lam:g}", "path", lam, "validation"),
+            lambda lam: asking.ask(f"path-{lam:.10g}", "path", lam, "validation"),
             at,
         )
         rows.update(dict(found))
@@ -176,7 +179,7 @@ def _sweep_and_pick(
     arms = ends if picked.lam is None else {**ends, "blended": picked.lam}
     for arm, lam in arms.items():
         whole = arm in ends or spec.rule is None
-        part = f"test-{lam:g}" if whole else f"test-ruled-{lam:g}"
+        part = f"test-{lam:.10g}" if whole else f"test-ruled-{lam:.10g}"
 
         def ask(lam: float, arm: str = arm, part: str = part) -> list[ItemResult]:
             return asking.ask(part, arm, lam, "test")
@@ -250,15 +253,17 @@ def _load_both(
     """Check by the files that the two fit, then load them, an adapter on the base given."""
     progress.stage("checking that the two fit")
     find_model = _locate(spec, store)
-    base_path, tuned_path = (find(name, find_model) for name in (spec.base, spec.tuned))
+    base_path, tuned_path = find_both(spec, find_model)
+    check_apart(workspace.out_dir, (base_path, tuned_path))
     if is_adapter(tuned_path):
         if spec.rule is not None:
             raise ConfigError("an adapter takes one lambda; merge it into its base for a `rule`")
         check_base(tuned_path, directory_sha256(base_path, store), spec.base)
     if is_adapter(tuned_path) and spec.stream:
         raise ConfigError("an adapter is small beside its base; leave `stream` out")
-    check_inputs(base_path, tuned_path, writing(spec, find_model))
-    workspace.begin()
+    _check_sizes(check_inputs(base_path, tuned_path, writing(spec, find_model)))
+    ends = {spec.base: base_path, spec.tuned: tuned_path}
+    workspace.begin({name: directory_sha256(path, store) for name, path in ends.items()})
     if spec.stream:
         progress.stage(f"loading {spec.base}")
         model = load_as(spec, spec.base, store)
@@ -271,6 +276,17 @@ def _load_both(
         model = load_as(spec, reference, store)
         loaded.append(replace(model, reference=name))
     return loaded[0], loaded[1]
+
+
+def _check_sizes(plan: BlendPlan) -> None:
+    """Check that the base's tensors, which are changed in place, have the tuned model's sizes."""
+    for name, tensor in plan.tensors.items():
+        if tensor.base is not None and tensor.base.shape != tensor.shape:
+            raise ModelError(
+                f"tensor {name!r}: base has {tensor.base.shape[0]} rows, tuned {tensor.shape[0]}; "
+                "a --sweep needs vocabularies of one size\n(--lambda writes points of such a pair: "
+                "write some, and `keepshot measure` them)"
+            )
 
 
 def _write(
@@ -295,7 +311,8 @@ def _write(
     find_model = _locate(spec, store)
     rule = rule_for(spec.model_copy(update={"lam": lam}), find_model) if spec.rule else lam
     options = writing(spec, find_model)
-    write(base.path, tuned.path, rule, out_dir, options, Watch(check, progress))
+    for note in write(base.path, tuned.path, rule, out_dir, options, Watch(check, progress)).notes:
+        progress.note(note)
 
 
 def _locate(spec: BlendSpec, store: AssetStore) -> Locate:

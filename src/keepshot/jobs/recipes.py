@@ -16,6 +16,11 @@ from keepshot.tuning.keep import KEEP_TERMS
 from keepshot.tuning.method_specs import METHODS, describe_method
 from keepshot.tuning.recipe import Recipe, auto
 
+_ALONG_A_PATH = frozenset(
+    {"target", "pick", "tasks", "shots", "seeds", "limit", "following", "resolution", "stream"}
+)
+"""Keys of `BlendSpec` that one lambda, which is written and not measured, has no use for."""
+
 
 def shipped_recipe(name: str) -> Path:
     """Return the path of a recipe that the package brings along."""
@@ -83,8 +88,20 @@ def blend_spec(
     # Nothing is loaded to write one lambda: its type can only mean that of what is written.
     if content.get("lam") is not None and "dtype" in given:
         content.setdefault("write_dtype", given["dtype"])
-    source = recipe.name if recipe else "blend"
-    return BlendSpec.from_mapping(apply_overrides(content, overrides), source=source)
+    content = apply_overrides(content, overrides)
+    if content.get("lam") is not None:
+        _refuse_measuring(given, overrides)
+    return BlendSpec.from_mapping(content, source=recipe.name if recipe else "blend")
+
+
+def _refuse_measuring(given: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Refuse what was asked of a path beside one lambda; a recipe's own is left out in silence."""
+    keys = {*given, *(override.partition("=")[0].partition(".")[0] for override in overrides)}
+    if asked := sorted(keys & _ALONG_A_PATH):
+        raise ConfigError(
+            f"blend: `{asked[0]}` is for a --sweep, and --lambda measures nothing; leave it out, "
+            "or `keepshot measure` what is written"
+        )
 
 
 def tune_spec(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -21,6 +21,7 @@ ARMS: tuple[TunedArm, ...] = get_args(TunedArm)
 Reduction = Literal["lore", "prune", "shrink-intruders"]
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
 MAX_LAMBDAS = 1001
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Where(Spec):
@@ -137,7 +138,7 @@ class BlendSpec(Where):
     """The tuned model, or an adapter."""
     lam: float | None = Field(default=None, allow_inf_nan=False)
     """The lambda to write; left out, the one that `pick` chooses on the path."""
-    sweep: tuple[float, ...] | None = None
+    sweep: tuple[_Finite, ...] | None = Field(default=None, min_length=1)
     """Lambdas to measure."""
     resolution: float | None = Field(default=None, gt=0.0)
     """Measure on around the pick until its neighbours are no further away than this."""
@@ -206,19 +207,30 @@ class BlendSpec(Where):
             raise ValueError("`restore` starts from the whole tuned model; leave `rule` out")
         if self.second is not None and self.sweep is not None:
             raise ValueError("`second` can be added at one --lambda, not along a --sweep")
+        if self.beta != 1.0 and self.second is None:
+            raise ValueError("`beta` is how much of `second` is added; name that model too")
         if self.reduce is not None:
-            parse_reduction(self.reduce)
-            if self.sweep is not None:
-                raise ValueError(
-                    "`reduce` works at one --lambda; write it with --lambda 1, then --sweep that"
-                )
+            self._check_reduction(parse_reduction(self.reduce)[0])
         return self
+
+    def _check_reduction(self, kind: Reduction) -> None:
+        if self.sweep is not None:
+            raise ValueError(
+                "`reduce` works at one --lambda; write it with --lambda 1, then --sweep that"
+            )
+        more = {"rule": self.rule, "second": self.second, "write_dtype": self.write_dtype}
+        given = [f"`{name}`" for name, value in more.items() if value is not None]
+        if kind == "lore" and given:
+            raise ValueError(
+                f"`reduce` = {self.reduce!r} makes an adapter, which takes one lambda and keeps "
+                f"its dtype; leave out {', '.join(given)}"
+            )
 
 
 class BlendArm(Spec):
     """How the blended arm of a run is made from the plain one."""
 
-    lambdas: tuple[float, ...] = Field(
+    lambdas: tuple[_Finite, ...] = Field(
         default=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0), min_length=1
     )
     """Points of the path that are measured on validation items; 0 is the model before tuning."""

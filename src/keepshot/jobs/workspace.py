@@ -13,7 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +33,7 @@ FINISHED_PARTS = ("*.parquet", "tuning.json", "keepshot.json", "complete")
 """Files whose presence means that there is something to go on from."""
 SPEC_FILE = "spec.yaml"
 INPUTS_FILE = "inputs.json"
-"""sha256 of the files of examples that the spec names, while the work is unfinished."""
+"""sha256 of the examples that the spec names, and of models, while the work is unfinished."""
 RECORDED_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy", "scipy")
 
 
@@ -71,16 +71,20 @@ class Workspace:
         self._mark = self.path / "fingerprint"
         self._wanted = f"{type(spec).__name__} {spec.fingerprint()} keepshot {__version__}"
         self._inputs = {str(path): sha256_of(path) for path in sorted(example_files(spec))}
-        if self._mark.exists() and not overwrite and not self._is_ours():
-            found = "; ".join(self._differences())
-            raise OutputError(
-                f"{out_dir}: unfinished work of other settings lies in {self.path}"
-                f"{f':{chr(10)}{found}' if found else ''};\n"
-                "add --overwrite to discard it, or name another with --out"
-            )
+        self._overwrite = overwrite
+        self._check_ours()
 
-    def begin(self) -> None:
-        """Make the unfinished directory, once nothing is left to check; keep finished parts."""
+    def begin(self, models: Mapping[str, str] | None = None) -> None:
+        """Make the unfinished directory, once nothing is left to check; keep finished parts.
+
+        Args:
+            models: sha256 of what is measured, by reference: parts of another are not gone on from.
+
+        Raises:
+            OutputError: if the parts that lie there are of other models, unless `overwrite`.
+        """
+        self._inputs |= models or {}
+        self._check_ours()
         if self.path.exists() and not self._is_ours():
             shutil.rmtree(self.path)
         text = yaml.safe_dump(
@@ -112,12 +116,21 @@ class Workspace:
                 "from what is finished, or choose another --out"
             ) from error
 
+    def _check_ours(self) -> None:
+        if self._mark.exists() and not self._overwrite and not self._is_ours():
+            found = "; ".join(self._differences())
+            raise OutputError(
+                f"{self.out_dir}: unfinished work of other settings lies in {self.path}"
+                f"{f':{chr(10)}{found}' if found else ''};\n"
+                "add --overwrite to discard it, or name another with --out"
+            )
+
     def _is_ours(self) -> bool:
         same = self._mark.exists() and self._mark.read_text("utf-8") == self._wanted
         return same and not self._changed_files()
 
     def _changed_files(self) -> list[str]:
-        """Return the files of examples that are not what they were when the work began."""
+        """Return the files of examples, and models, that are not what they were at the start."""
         stored = self.path / INPUTS_FILE
         if not stored.is_file():
             return []

@@ -6,7 +6,7 @@ Where the models lie is found by the caller's `locate`, because a conversion fro
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from keepshot.assets import AssetStore
@@ -14,7 +14,7 @@ from keepshot.blending.card import BlendRecord
 from keepshot.blending.planning import Writing
 from keepshot.blending.rules import LambdaRule
 from keepshot.blending.write import Check, Watch, write
-from keepshot.errors import ModelError
+from keepshot.errors import ConfigError, ModelError
 from keepshot.jobs.specs import BlendSpec
 from keepshot.models.bases import check_base, is_adapter
 from keepshot.models.identity import directory_sha256
@@ -44,6 +44,8 @@ class Means:
     progress: Progress
     reduced: Path | None = None
     """What takes the place of the tuned model's files, if its difference was made smaller."""
+    notes: tuple[str, ...] = ()
+    """What the record says of that."""
 
 
 def needs_anatomy(spec: BlendSpec) -> bool:
@@ -63,6 +65,23 @@ def find(reference: str, locate: Locate) -> Path:
     if isinstance(parsed, AdapterDirectory):
         return parsed.path
     return parsed.path if isinstance(parsed, LocalDirectory) else locate(parsed)
+
+
+def find_both(spec: BlendSpec, locate: Locate) -> tuple[Path, Path]:
+    """Return the directories of both models; an adapter's is its own.
+
+    Raises:
+        ConfigError: if the tuned one is written as an adapter on another base.
+        ModelError: if nothing of a name exists.
+    """
+    tuned = parse_reference(spec.tuned)
+    named = isinstance(tuned, AdapterDirectory) and not Path(spec.tuned).expanduser().is_dir()
+    if isinstance(tuned, AdapterDirectory) and named and tuned.base != spec.base:
+        raise ConfigError(
+            f"tuned {spec.tuned!r} is an adapter on {tuned.base!r}, and the base given is "
+            f"{spec.base!r}; give one base"
+        )
+    return find(spec.base, locate), find(spec.tuned, locate)
 
 
 def writing(spec: BlendSpec, locate: Locate, *, overwrite: bool = False) -> Writing:
@@ -102,8 +121,8 @@ def write_one(
         UserError: before anything is written, wherever the fault can be seen by then.
     """
     assert spec.lam is not None
-    base = find(spec.base, means.locate)
-    tuned = means.reduced or find(spec.tuned, means.locate)
+    base, tuned = find_both(spec, means.locate)
+    tuned = means.reduced or tuned
     if is_adapter(base):
         raise ModelError(f"{base}: is an adapter; base must be a whole model")
     if is_adapter(tuned) and spec.checks_files and not means.reduced:
@@ -113,6 +132,6 @@ def write_one(
         tuned,
         spec.lam if rule is None else rule,
         out_dir,
-        writing(spec, means.locate, overwrite=overwrite),
+        replace(writing(spec, means.locate, overwrite=overwrite), notes=means.notes),
         Watch(means.check, means.progress),
     )

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +129,17 @@ def _write(source: Path, out_dir: Path) -> None:
         try:
             place = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
             tokenizer: Any = AutoTokenizer.from_pretrained(**place, local_files_only=True)
-            module: Any = AutoModelForCausalLM.from_pretrained(
-                **place, local_files_only=True, dtype=torch.float32
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **place, local_files_only=True, dtype=torch.float32, output_loading_info=True
             )
-        except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+        except Exception as error:
+            known = (ValueError, KeyError, NotImplementedError, RuntimeError)
+            # tokenizers, written in Rust, has no other class for what it cannot read.
+            if not isinstance(error, known) and type(error) is not Exception:
+                raise
             raise ModelError(f"{source}: transformers cannot read this GGUF: {error}") from error
+        module, report = loaded
+        _check_whole(source, module, report["missing_keys"])
         # Left in place, these two make save_pretrained refuse, or mark the copy as quantised.
         module.hf_quantizer = None
         if hasattr(module.config, "quantization_config"):
@@ -143,6 +149,19 @@ def _write(source: Path, out_dir: Path) -> None:
         tokenizer.model_max_length = module.config.max_position_embeddings
         module.save_pretrained(out_dir)
         tokenizer.save_pretrained(out_dir)
+
+
+def _check_whole(source: Path, module: Any, missing: Collection[str]) -> None:
+    """Refuse a file without some of the model's weights: transformers has invented them."""
+    state: dict[str, torch.Tensor] = module.state_dict()
+    read = {tensor.data_ptr() for name, tensor in state.items() if name not in missing}
+    invented = sorted(n for n in missing if n in state and state[n].data_ptr() not in read)
+    if invented:
+        more = f" (and {len(invented) - 1} more)" if len(invented) > 1 else ""
+        raise ModelError(
+            f"{source}: tensor {invented[0]} is missing{more} for what its header says; "
+            "get it again"
+        )
 
 
 def _check(source: Path) -> str:

@@ -222,6 +222,11 @@ def _parse_directory(text: str, path: Path) -> ModelReference:
 def _parse_adapter(text: str, path: Path, base: str | None) -> AdapterDirectory:
     config_path = path / "adapter_config.json"
     config = read_json(config_path)
+    if not config.get("peft_type"):
+        raise ModelError(
+            f"{config_path}: `peft_type` is missing, so this is no adapter of PEFT; bottleneck "
+            "adapters and those of other libraries are not read"
+        )
     refuse_pickles(path)
     if not (path / "adapter_model.safetensors").is_file():
         raise ModelError(f"adapter {str(path)!r}: adapter_model.safetensors is missing")

@@ -115,12 +115,18 @@ def read_header(file: Path) -> list[StoredTensor]:
     header.pop("__metadata__", None)
     try:
         found = [
-            (end, StoredTensor(name, _known(entry["dtype"]), tuple(entry["shape"]), file, begin))
+            (end, StoredTensor(name, str(entry["dtype"]), tuple(entry["shape"]), file, begin))
             for name, entry in header.items()
             for begin, end in [entry["data_offsets"]]
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{file}: corrupted safetensors header ({error}); get it again") from None
+    for _, tensor in found:
+        if tensor.dtype not in ITEM_SIZE:
+            raise ModelError(
+                f"{file}: tensor {tensor.name!r} is of type {tensor.dtype!r}, which is not read "
+                "here; a quantised model must be dequantised first"
+            )
     found.sort(key=lambda pair: (pair[1].offset, pair[0]))
     position = 0
     for end, tensor in found:
@@ -225,12 +231,6 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(content, dict) or not content:
         raise ModelError(f"{index}: `weight_map` is missing or empty")
     return {str(name): str(shard) for name, shard in content.items()}
-
-
-def _known(dtype: str) -> str:
-    if dtype not in ITEM_SIZE:
-        raise ValueError(f"unknown dtype {dtype!r}")
-    return dtype
 
 
 def _parse_header(stream: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
