@@ -142,6 +142,7 @@ def tune(
     data: option.Data = None,
     method: option.Method = None,
     keep: option.Keep = None,
+    merged: option.Merged = False,
     out: option.Out = None,
     overwrite: option.Overwrite = False,
     as_json: option.Json = False,
@@ -156,7 +157,9 @@ def tune(
     from keepshot.jobs.recipes import tune_spec
 
     given = option.given(model=model, data=data, method=method, keep=keep, seed=seed)
-    where = option.given(device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    where = option.given(
+        device=device, dtype=dtype, trust_remote_code=trust_remote_code, merged=merged
+    )
     spec = tune_spec(recipe, given, where, set_ or [])
     first = os.environ.get("RANK", "0") == "0"
     with working(as_json or not first) as screen:

@@ -50,6 +50,9 @@ RunRecipe = Annotated[Path | None, typer.Argument(help="Recipe (YAML); the demo 
 TuneRecipe = Annotated[Path | None, typer.Argument(help="Recipe (YAML).")]
 Method = Annotated[str | None, typer.Option("--method", help="full, lora, value-only.")]
 Keep = Annotated[str | None, typer.Option("--keep", help="auto, none, or kl,mix.")]
+Merged = Annotated[
+    bool, typer.Option("--merged", help="Write the adapter merged into a whole model.")
+]
 
 # -- measure -----------------------------------------------------------------------------------
 

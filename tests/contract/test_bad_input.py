@@ -76,6 +76,23 @@ EARLY: list[tuple[str, str]] = [
     ),
     ("tune --data few.jsonl,absent.jsonl", "absent.jsonl: no such file"),
     ("tune --data few.jsonl --set data_shares=[0.5,0.4]", "add up to 0.9, not 1"),
+    (
+        "tune --model base --data few.jsonl --set data_shares=[0.5,0.5]",
+        "2 shares for 1 data sets (few.jsonl)",
+    ),
+    ("tune --model base --data few.jsonl --keep auto,kl", "--keep 'auto,kl': 'auto' stands alone"),
+    (
+        "tune --model base --data few.jsonl --set auto.guard_tasks=[titel-case]",
+        "nearest is 'title-case'",
+    ),
+    (
+        "tune --model base --data few.jsonl --set auto.guard_tasks=[title-case,spell-out]",
+        "anchor task 'spell-out' holds",
+    ),
+    (
+        "tune --model base --data few.jsonl --method full --merged",
+        "`merged` is for adapters, and 'full'",
+    ),
     ("run absent.yaml", "absent.yaml: no such file"),
     ("tune --data few.jsonl --method lorra", "nearest is 'lora'"),
     ("tune --data few.jsonl --keep kll", "nearest is 'kl'"),
@@ -185,6 +202,10 @@ LATE: list[tuple[str, str]] = [
         "3 blocks are to be frozen and the model has 3",
     ),
     ("tune --model short --data long.jsonl", "long.jsonl: row 'x"),
+    (
+        "tune --model base --data long.jsonl --set max_length=20 --set long_rows=drop",
+        "tokens than max_length 20; raise it, or set long_rows=cut",
+    ),
     (
         "tune --model base --data long.jsonl --keep none --set max_length=20 --set long_rows=cut",
         "36 of 36 rows have no token of their answer left, more than most_unanswered 0.05",

@@ -198,6 +198,14 @@ def test_a_killed_run_takes_up_its_rate_and_ends_with_the_same_bits(
     assert not list(tmp_path.glob("state*"))
 
 
+def test_an_unknown_tracker_shows_before_the_first_short_run(known: str, fresh_pico: Build):
+    """A third of the run was spent by then."""
+    untuned, model = fresh_pico("llama"), fresh_pico("llama")
+    with pytest.raises(ConfigError, match=r"wandbb is not supported.*; install the tracker, or"):
+        tune(model, known, report_to=("wandbb",))
+    assert weights(model).keys() == weights(untuned).keys()  # no adapter was put in
+
+
 def reading(retention: float, spread: float = 0.02) -> Reading:
     return Reading(6, retention, retention, (retention - spread, retention + spread), 64, 0.0)
 

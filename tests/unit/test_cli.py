@@ -22,7 +22,7 @@ SURFACE = {
     | {"--require-retention", "--lm-eval-out", "--no-share", "--server", "--server-model"}
     | {"--engine", "--workers"}
     | {"--follow"},
-    "tune": SPEC | {"--model", "--data", "--method", "--keep", "--accept-licence"},
+    "tune": SPEC | {"--model", "--data", "--method", "--keep", "--merged", "--accept-licence"},
     "blend": SPEC
     | {"--lambda", "--sweep", "--tasks", "--target", "--pick", "--shots", "--seeds", "--limit"}
     | {"--accept-licence", "--no-check", "--follow", "--restore"},

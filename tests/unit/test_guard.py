@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -195,6 +196,27 @@ def test_what_the_guard_refuses(fresh_pico: Build, tmp_path: Path):
         live_model(model.module, None)
 
 
+def test_a_soft_prompt_of_pefts_leaves_nothing_to_watch_or_to_hold(
+    fresh_pico: Build, tmp_path: Path
+):
+    """The guard saw weights that never change; the term read the wrong positions."""
+    model = fresh_pico("llama")
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    trainer = stock_trainer(model, tmp_path, get_peft_model(model.module, config))
+    with pytest.raises(ConfigError, match=r"what trains is a soft prompt \(PROMPT_TUNING\)"):
+        keep_close(trainer, KL(prompts=8), tasks=[ANCHOR])
+    ICLGuard([ANCHOR]).watch(trainer)
+    with pytest.raises(ConfigError, match="nothing to watch or to hold; leave the guard and the"):
+        trainer.train()
+
+
+def test_a_term_that_would_reach_nothing_says_what_there_is(fresh_pico: Build, tmp_path: Path):
+    model = fresh_pico("llama")
+    model.module.requires_grad_(False)
+    with pytest.raises(ConfigError, match="none of the 30 of LlamaForCausalLM does"):
+        keep_close(stock_trainer(model, tmp_path), KL(prompts=8), tasks=[ANCHOR])
+
+
 def test_after_a_resume_the_reference_is_the_model_as_resumed(
     fresh_pico: Build, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -243,6 +265,27 @@ def test_the_term_holds_a_stock_trainer_to_the_untuned_model(
         if joined:
             assert values[0] == pytest.approx(0.0, abs=1e-5)
     assert divergence(held, untuned) < 0.5 * divergence(free, untuned)
+
+
+def test_the_untuned_model_writes_the_terms_prompts_itself(
+    fresh_pico: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The spec takes `self`, which joining took for the name of a task."""
+    asked: list[bool] = []
+
+    def written(model: LanguageModel, seed: int) -> list[Task]:
+        layers = [part for part in model.module.modules() if isinstance(part, LoraLayer)]
+        asked.append(any(not layer.disable_adapters for layer in layers))
+        return [ANCHOR]
+
+    monkeypatch.setattr("keepshot.tuning.join.write_tasks", written)
+    model = fresh_pico("llama")
+    module = get_peft_model(model.module, LoraConfig(r=4, target_modules="all-linear"))
+    trainer = stock_trainer(model, tmp_path, module, max_steps=1)
+    keep_close(trainer, KL(prompts=8, tasks="self"))
+    trainer.train()
+    assert asked == [False]  # by the model under the adapter
+    assert any("keep/kl" in row for row in trainer.state.log_history)
 
 
 def test_accumulated_batches_give_the_same_weights(fresh_pico: Build, tmp_path: Path):

@@ -18,11 +18,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from coloured import write_colours
 from command import status
+from keepshot.assets import AssetStore
 from keepshot.models.checkpoint import TensorReader
-from keepshot.models.loading import LanguageModel, save
+from keepshot.models.loading import LanguageModel, load, save
 from keepshot.records import ResultDocument, read_items
 from pico_gguf import write_gguf
 
@@ -229,6 +231,45 @@ def test_a_run_keeps_the_prompt_beside_its_adapter(workplace: Path) -> None:
     found = read_items(workplace / "again/items.parquet")
     expected = [row for row in expected if row.task == "addition" and row.shots == 2]
     assert [row.answer for row in found] == [row.answer for row in expected]
+
+
+def test_a_file_with_a_comma_in_its_name_has_a_prompt(workplace: Path) -> None:
+    """Its prompts were made for the parts of its name, and nothing trained."""
+    (workplace / "colours.jsonl").rename(workplace / "a,b.jsonl")
+    asked = ["--model", "base", "--data", "a,b.jsonl", "--method", "prompt-tuning"]
+    sets = ("steps=2", "method.tokens=3", "learning_rate=0.1")
+    options = [word for part in sets for word in ("--set", part)]
+    assert status("tune", *asked, *options, "--out", "tuned") == 0
+    found = json.loads((workplace / "tuned/adapter/keepshot-prompt.json").read_text("utf-8"))
+    assert found == {"task": "a,b.jsonl"}
+
+
+@pytest.mark.parametrize("method", ["dora", "promot"])
+def test_an_adapter_is_written_merged(method: str, workplace: Path, store: AssetStore) -> None:
+    asked = ["--model", "base", "--data", "colours.jsonl", "--method", method, "--keep", "none"]
+    of_promot = ("method.tokens=3", "method.prompt_steps=2", "method.then={name: lora, rank: 2}")
+    sets = ("steps=3", "learning_rate=0.01", *(of_promot if method == "promot" else ()))
+    options = [word for part in sets for word in ("--set", part)]
+    assert status("tune", *asked, *options, "--out", "apart") == 0
+    assert status("tune", *asked, *options, "--merged", "--out", "whole") == 0
+    assert sorted(path.name for path in (workplace / "whole").glob("[amp]*")) == (
+        ["model", "prompts"] if method == "promot" else ["model"]
+    )
+    ids = torch.arange(3, 40)[None]
+    base, apart, whole = (load(name, store) for name in ("base", "apart", "whole"))
+    with torch.no_grad():
+        before, expected, found = (m.module(input_ids=ids).logits for m in (base, apart, whole))
+    assert not torch.allclose(before, expected, atol=1e-2)
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert torch.equal(
+        torch.tensor(whole.soft_prompt("colours.jsonl")),
+        torch.tensor(apart.soft_prompt("colours.jsonl")),
+    )
+    card = (workplace / "whole/model/README.md").read_text("utf-8")
+    assert "library_name: transformers" in card
+    theirs = AutoModelForCausalLM.from_pretrained(workplace / "whole" / "model")
+    with torch.no_grad():
+        assert torch.allclose(theirs(input_ids=ids).logits, expected, atol=1e-4)
 
 
 def test_tune_on_several_sets_with_embedded_instructions_prints_what_was_read(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from keepshot.errors import ConfigError
+from keepshot.jobs.recipes import tune_spec
 from keepshot.specs import Spec
 from keepshot.tasks.catalog import SUITES
 from keepshot.tuning import recipe as recipes
@@ -79,6 +81,7 @@ def test_steps_and_rate_are_filled_in():
         ({"keep": [{"name": "kl", "direction": "k3", "top_k": 9}]}, "`top_k` has no use with k3"),
         ({"keep": [{"name": "mix", "general_share": 0.1}]}, "given together or not at all"),
         ({"keep": [{"name": "mix", "icl_share": 0.0}]}, "nothing to mix in"),
+        ({"keep": [{"name": "mix", "icl_from": "data", "tasks": "x"}]}, "`tasks` has no use with"),
         ({"batch_size": 16, "accumulate": 3}, "cannot be divided into accumulate = 3 parts"),
         ({"method": {"name": "lora", "rank": 0}}, "greater than 0"),
     ],
@@ -87,6 +90,26 @@ def test_what_does_not_fit_is_named(content: dict[str, Any], message: str):
     with pytest.raises(ConfigError) as error:
         read(**content)
     assert message in str(error.value)
+
+
+def test_a_file_may_name_a_method_and_terms_as_the_command_line_does(tmp_path: Path):
+    place = tmp_path / "r.yaml"
+
+    def found(text: str, **given: str) -> Recipe:
+        place.write_text(f"model: m\ndata: d\n{text}", encoding="utf-8")
+        return tune_spec(place, given, {}, []).recipe
+
+    default = auto("d", model="m")
+    assert found("keep: auto") == default
+    assert found("method: dora\nkeep: kl,l2-sp").method == LoRA(name="dora")
+    assert [t.name for t in found("method: dora\nkeep: kl,l2-sp").keep] == ["kl", "l2-sp"]
+    assert found("keep: auto", keep="none").keep == ()
+    # What the file says of `auto` stays where it is asked for.
+    own = found("keep: auto\nauto: {trial_steps: 3}")
+    assert (own.keep, own.auto) == (default.keep, Auto(trial_steps=3))
+    assert found("auto: {trial_steps: 3}", keep="kl").auto is None
+    # Without either a file is plain tuning.
+    assert (found("").keep, found("").auto) == ((), None)
 
 
 def test_the_fingerprint_leaves_out_what_changes_no_result():

@@ -27,7 +27,7 @@ from keepshot.prompts import Example
 from keepshot.scoring.engine import Engine
 from keepshot.scoring.evaluate import Plan, measure
 from keepshot.tasks.task import Task
-from keepshot.tuning.batch import Sample, Source
+from keepshot.tuning.batch import Sample, Source, mean_loss
 from keepshot.tuning.data import encode_rows
 from keepshot.tuning.keep import KL, Mix
 from keepshot.tuning.method_specs import BiasOnly, Full, LoRA, ProMoT, PromptTuning
@@ -255,6 +255,36 @@ def test_each_task_trains_its_own_prompt(fresh_pico: Build):
     assert not torch.equal(both.of("b"), start[3:])
     assert not torch.equal(one.of("a"), start[:3])
     assert torch.equal(one.of("b"), start[3:])
+
+
+def test_held_out_rows_are_read_under_the_prompts_of_their_own_tasks(fresh_pico: Build):
+    """With two data sets the loss was that without any prompt."""
+    model = fresh_pico("llama")
+    origins = (("a", 2), ("b", 2))
+    extra = Extra(origins=origins, held_out_origins=origins)
+    recipe = Recipe(data="a,b", steps=9, batch_size=4, method=PromptTuning(tokens=3))
+    recipe = recipe.model_copy(update={"learning_rate": 0.3})
+    record = train(recipe, model, EXAMPLES, None, validation=EXAMPLES, extra=extra)
+    found = encode_rows(
+        model, EXAMPLES, template=task("a").template, max_length=99, long_rows="error", source="a"
+    ).samples
+    under = [
+        sample
+        for name, part in (("a", found[:2]), ("b", found[2:]))
+        for sample in under_prompt(part, model.soft_prompt(name))
+    ]
+    assert [len(sample.ids) for sample in under] == [len(sample.ids) + 3 for sample in found]
+    assert record.validation_loss == pytest.approx(mean_loss(model, under), abs=1e-6)
+    assert record.validation_loss != pytest.approx(mean_loss(model, found), abs=0.1)
+    assert record.num_validation == 4
+
+
+def test_two_data_sets_of_one_name_cannot_have_a_prompt_each(fresh_pico: Build):
+    """Both were read under the first prompt, and the second was written untrained."""
+    extra = Extra(origins=(("x/train.jsonl", 2), ("y/train.jsonl", 2)))
+    recipe = Recipe(data="x/train.jsonl,y/train.jsonl", steps=2, method=PromptTuning(tokens=3))
+    with pytest.raises(ConfigError, match=r"two data sets are named 'train\.jsonl'.*rename one"):
+        train(recipe, fresh_pico("llama"), EXAMPLES, None, extra=extra)
 
 
 def test_a_second_stage_that_trains_nothing_is_refused_before_the_first(fresh_pico: Build):

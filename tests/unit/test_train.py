@@ -114,6 +114,19 @@ def test_the_cache_limits_the_pool(fresh_pico: Build):
     assert 0.8 * 2**20 < sum(sizes) <= 2**20
 
 
+def test_the_tree_shows_the_prompts_that_are_read(fresh_pico: Build):
+    """It showed those that were drawn, of which the cache may hold a third."""
+    model = fresh_pico("llama")
+    head = model.module.get_output_embeddings()
+    term = KL(prompts=400, cache_mb=1)
+    prompts = draw_prompts(model, [ANCHOR], term, max_length=2048, seed=0)
+    pool = cache_teacher(model, prompts, term, head=head)
+    read = sum(len(batch) for batch in pool.batches)
+    shown = tune(model, steps=1, keep=(term,)).sources[-1]
+    assert 100 < read < 400
+    assert (shown.samples, shown.tokens) == (read, sum(map(len, prompts[:read])))
+
+
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_a_cache_of_top_tokens_is_small_and_holds_as_well(direction: Any, fresh_pico: Build):
     untuned, free, held = (fresh_pico("llama") for _ in range(3))

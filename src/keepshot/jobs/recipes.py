@@ -115,26 +115,30 @@ def tune_spec(
     Args:
         recipe: YAML file, or None.
         given: model, data, method, keep and seed as given on the command line.
-        where: device, dtype and trust_remote_code as given.
+        where: device, dtype, trust_remote_code and merged as given.
         overrides: `key=value` on the recipe's keys.
 
     Raises:
         ConfigError: if neither a recipe nor data is given, or something does not fit.
     """
-    options = dict(given)
+    content = read_yaml(recipe) if recipe else {}
+    # In a file too they may be named as on the command line.
+    named = {k: content.pop(k) for k in ("method", "keep") if isinstance(content.get(k), str)}
+    options = {**named, **given}
     method, keep = options.pop("method", None), options.pop("keep", None)
     if recipe is None and "data" not in options:
         raise ConfigError("nothing to tune on: give a recipe, or --data FILE with --model MODEL")
-    content = read_yaml(recipe) if recipe else {}
-    if recipe is None or method or keep:
+    if recipe is None or method is not None or keep is not None:
         chosen = auto(
             options.get("data", content.get("data", "")),
             model=options.get("model", content.get("model", "smollm2-135m-instruct")),
-            keep=keep or "auto",
+            keep="auto" if keep is None else keep,
             method=method,
         ).model_dump(mode="json")
-        kept = keep or recipe is None
-        wanted = {"method": method or recipe is None, "keep": kept, "auto": kept}
+        kept = keep is not None or recipe is None
+        # What a file says of `auto` stays where that is asked for.
+        own = bool(chosen["auto"] and content.get("auto"))
+        wanted = {"method": method or recipe is None, "keep": kept, "auto": kept and not own}
         content |= {key: chosen[key] for key, used in wanted.items() if used}
     content |= options
     source = recipe.name if recipe else "tune"

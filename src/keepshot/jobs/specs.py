@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal, Self, get_args
@@ -12,7 +13,7 @@ from keepshot.blending.rules import LambdaMap
 from keepshot.errors import ConfigError, unknown
 from keepshot.judging.policy import Following, Policy
 from keepshot.specs import Spec
-from keepshot.tuning.method_specs import prompt_tokens
+from keepshot.tuning.method_specs import LoRA, ProMoT, prompt_tokens
 from keepshot.tuning.recipe import Recipe
 
 TunedArm = Literal["plain", "gentle", "kept"]
@@ -109,6 +110,23 @@ class TuneSpec(Where):
 
     recipe: Recipe
     """What is tuned, on what, and how; its own seed counts."""
+    merged: bool = Field(default=False, exclude_if=operator.not_)
+    """Write a whole model with the adapter added to its weights, instead of the adapter."""
+
+    @model_validator(mode="after")
+    def _check_merged(self) -> Self:
+        method = self.recipe.method
+        trained = method.then if isinstance(method, ProMoT) else method
+        if self.merged and not isinstance(trained, LoRA):
+            raise ValueError(
+                f"`merged` is for adapters, and {method.name!r} trains none; leave it out"
+            )
+        if self.merged and self.recipe.fsdp is not None:
+            raise ValueError(
+                "`merged` does not go with fsdp, where no process has the whole model; leave it "
+                "out, and merge the adapter that is written"
+            )
+        return self
 
 
 class BlendSpec(Where):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from keepshot.errors import ConfigError, TrainingError
 from keepshot.jobs.hub import HUB, read_hub
 from keepshot.jobs.ledger import model_record
 from keepshot.jobs.loading import load_as
+from keepshot.jobs.separation import check_apart
 from keepshot.jobs.specs import TuneSpec
 from keepshot.jobs.target import load_target
 from keepshot.jobs.workspace import Workspace
+from keepshot.models.loading import LanguageModel, save
 from keepshot.models.reference import parse_reference
 from keepshot.progress import Progress
 from keepshot.prompts import Template
@@ -24,11 +27,14 @@ from keepshot.scoring.processes import ALONE, Processes
 from keepshot.tasks.catalog import is_path, resolve_tasks
 from keepshot.tasks.source import Row, read_rows
 from keepshot.tasks.task import Task
-from keepshot.tuning.card import decided
+from keepshot.tuning.adapters import detach_
+from keepshot.tuning.anchors import examples_of
+from keepshot.tuning.card import decided, write_card
 from keepshot.tuning.data import hold_out
 from keepshot.tuning.keep import OWN, Mix, anchor_names, find_term
-from keepshot.tuning.mixture import lines
-from keepshot.tuning.recipe import Recipe
+from keepshot.tuning.live import named_tasks
+from keepshot.tuning.mixture import check_shares, lines
+from keepshot.tuning.recipe import GUARD_TASKS, Recipe
 from keepshot.tuning.record import TuneRecord
 from keepshot.tuning.sharding import sharded
 from keepshot.tuning.tokenised import Extra, learned_rows
@@ -46,6 +52,8 @@ def tune(
 ) -> ResultDocument:
     """Tune by `spec.recipe` and write `adapter/` or `model/` with what was done.
 
+    An adapter that is to be merged goes into the weights when all else is done.
+
     Args:
         spec: what is asked.
         store: where assets are cached.
@@ -61,7 +69,10 @@ def tune(
     # Before the model is loaded; what it returns is for the Trainer, which asks again.
     sharded(recipe, on_cpu=False, processes=processes.size)
     progress.stage("reading data")
-    rows, validation, template, origins = _rows(recipe, store)
+    data, template = _read(recipe, store)
+    rows = [row for part in data for row in part.rows]
+    validation = [row for part in data for row in part.validation]
+    check_shares(recipe, [part.name for part in data])
     learned_rows(recipe, rows, rows, template, recipe.data)  # shows its faults now
     anchors = anchor_tasks(recipe, store)
     if workspace is not None:
@@ -70,7 +81,8 @@ def tune(
     extra = Extra(
         template=template,
         general=general_rows(recipe, store),
-        origins=origins,
+        origins=[(part.name, len(part.rows)) for part in data],
+        held_out_origins=[(part.name, len(part.validation)) for part in data],
         state_dir=state_dir,
     )
     progress.stage(f"loading {recipe.model}")
@@ -91,6 +103,8 @@ def tune(
             progress=progress,
             extra=extra,
         )
+    if spec.merged and out_dir is not None:
+        _merge(record, model, out_dir)
     document = ResultDocument(
         models=[untuned],
         scores=[],
@@ -100,6 +114,14 @@ def tune(
         notes=["\n".join((_words(record), *decided(record))), "\n".join(lines(record.sources))],
     )
     return workspace.finish(document, []) if workspace else document
+
+
+def _merge(record: TuneRecord, model: LanguageModel, out_dir: Path) -> None:
+    """Put a whole model in place of the adapter in `out_dir`."""
+    detach_(model.module, merge=True)
+    save(model, out_dir / "model", overwrite=True)
+    shutil.rmtree(out_dir / "adapter")
+    write_card(record, out_dir)
 
 
 @contextmanager
@@ -114,9 +136,22 @@ def naming_what_is_kept(arm: str | None, out_dir: Path) -> Generator[None]:
 
 
 def anchor_tasks(recipe: Recipe, store: AssetStore) -> list[Task]:
-    """Return the tasks from which the recipe's keep terms draw their few-shot prompts."""
+    """Return the tasks from which the recipe's keep terms draw their few-shot prompts.
+
+    Raises:
+        ConfigError: if tasks were named for the guard of `auto` that are in these prompts.
+        TaskError, AssetError: if a task of either is unknown or cannot be had.
+    """
     names = anchor_names(recipe.keep)
-    return resolve_tasks([names], store) if names and names != OWN else []
+    anchors = resolve_tasks([names], store) if names and names != OWN else []
+    if recipe.auto is not None:
+        asked = named_tasks(recipe.auto.guard_tasks)
+        # The usual ones are anchors too, where terms beside `auto` draw from all of these.
+        if recipe.auto.guard_tasks != GUARD_TASKS:
+            check_apart(
+                asked, {f"anchor task {task.name!r}": examples_of(task) for task in anchors}
+            )
+    return anchors
 
 
 def general_rows(recipe: Recipe, store: AssetStore) -> Sequence[Row]:
@@ -145,22 +180,15 @@ class _Data:
     template: Template
 
 
-def _rows(
-    recipe: Recipe, store: AssetStore
-) -> tuple[Sequence[Row], Sequence[Row], Template, list[tuple[str, int]]]:
-    """Return rows to train on, rows held out, their template, and the data sets they are from."""
+def _read(recipe: Recipe, store: AssetStore) -> tuple[list[_Data], Template]:
+    """Return the data sets that are tuned on, and the template of all of them."""
     several = "," in recipe.data and not Path(recipe.data).is_file()
     names = [part.strip() for part in recipe.data.split(",")] if several else [recipe.data]
     data = [_data(name, recipe.seed, store) for name in names if name]
     templates = {part.template for part in data}
     if len(templates) > 1:
         raise ConfigError(f"--data {recipe.data!r}: data sets of different templates cannot be one")
-    return (
-        [row for part in data for row in part.rows],
-        [row for part in data for row in part.validation],
-        data[0].template,
-        [(part.name, len(part.rows)) for part in data],
-    )
+    return data, data[0].template
 
 
 def _data(name: str, seed: int, store: AssetStore) -> _Data:

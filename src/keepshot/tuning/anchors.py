@@ -114,13 +114,8 @@ def cache_teacher(
 
     As many prompts are kept as fit `term.cache_mb`, at least one batch.
     """
-    top = None if term.top_k is None else min(term.top_k, _vocabulary(head) - 1)
-    # A token kept apart has its id in eight bytes and its log-probability in four.
-    each = 4 if term.direction == "k3" else 2 * _vocabulary(head) if top is None else 12 * top + 4
-    kept = _within(samples, budget=term.cache_mb * 2**20, bytes_each=each)
-    size = term.prompts_per_step
-    kept = kept[: max(size, len(kept) // size * size)]
-    ordered = sorted(kept, key=len)
+    top, size = _top(term, head), term.prompts_per_step
+    ordered = sorted(fitting(samples, term, head), key=len)
     batches = tuple(tuple(ordered[i : i + size]) for i in range(0, len(ordered), size))
     log_probs: list[Tensor] = []
     tokens: list[Tensor] = []
@@ -142,9 +137,29 @@ def cache_teacher(
     return AnchorPool(batches, tuple(log_probs), tuple(tokens))
 
 
+def fitting(samples: Sequence[Sample], term: KL, head: Any) -> list[Sample]:
+    """Return the first prompts, in whole batches, whose cached probabilities fit `term.cache_mb`.
+
+    Args:
+        samples: prompts.
+        term: how much is cached of each position, and how many prompts are a batch.
+        head: the output head.
+    """
+    top = _top(term, head)
+    # A token kept apart has its id in eight bytes and its log-probability in four.
+    each = 4 if term.direction == "k3" else 2 * _vocabulary(head) if top is None else 12 * top + 4
+    kept = _within(samples, budget=term.cache_mb * 2**20, bytes_each=each)
+    size = term.prompts_per_step
+    return kept[: max(size, len(kept) // size * size)]
+
+
 def examples_of(task: Task) -> tuple[Example, ...]:
     """Return what prompts are drawn from: never what is measured."""
     return task.train + task.demonstrations
+
+
+def _top(term: KL, head: Any) -> int | None:
+    return None if term.top_k is None else min(term.top_k, _vocabulary(head) - 1)
 
 
 def _vocabulary(head: Any) -> int:

@@ -88,7 +88,8 @@ def encode_rows(
         )
     if not samples:
         raise TaskError(
-            f"{source}: all {len(rows)} rows have more tokens than max_length {max_length}"
+            f"{source}: all {len(rows)} rows have more tokens than max_length {max_length}; raise "
+            "it, or set long_rows=cut to keep their beginnings"
         )
     return Encoded(tuple(samples), num_dropped, num_cut, num_unanswered)
 

@@ -16,8 +16,9 @@ from typing import Any
 from keepshot.errors import ConfigError
 from keepshot.tasks.task import Task
 from keepshot.tuning.anchors import AnchorKL, cache_teacher, draw_prompts
-from keepshot.tuning.keep import KL
+from keepshot.tuning.keep import KL, OWN
 from keepshot.tuning.live import evaluating, live_model, named_tasks, unwrapped
+from keepshot.tuning.own_anchors import write_tasks
 
 
 def keep_close(
@@ -37,25 +38,32 @@ def keep_close(
     Args:
         trainer: has a causal language model and its tokenizer as `processing_class`.
         term: weight, direction, prompts and shots; left out, the defaults.
-        tasks: what prompts are made of, instead of `term.tasks`: suites, tasks or files by name, or
-            `Task` objects.
+        tasks: what prompts are made of, instead of `term.tasks`: suites, tasks or files by name,
+            `Task` objects, or `self`, for which the untuned model writes them.
         seed: of the prompts and their order.
 
     Raises:
-        ConfigError: if the trainer has no tokenizer or such a term already, or no prompt fits the
-            model's context.
+        ConfigError: if the trainer has no tokenizer or such a term already, nothing trains that the
+            term could reach, or no prompt fits the model's context.
         TaskError: if a task is unknown or cannot be used.
     """
     if isinstance(getattr(trainer.compute_loss, "__self__", None), _Joined):
         raise ConfigError("the trainer has a kl term already; join it once")
     term = term or KL()
     model = live_model(trainer.model, trainer.processing_class)
-    anchors = named_tasks(term.tasks if tasks is None else tasks)
-    prompts = draw_prompts(model, anchors, term, max_length=model.context_length, seed=seed)
+    module = unwrapped(trainer.model)
+    count = sum(1 for _ in module.parameters())
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ConfigError(
+            f"the kl term would reach nothing: it looked for parameters that train, and none of "
+            f"the {count} of {type(module).__name__} does; set requires_grad, or add an adapter"
+        )
+    wanted = term.tasks if tasks is None else tasks
     head: Any = model.module.get_output_embeddings()
-    off = _adapter_off(unwrapped(trainer.model))
     # In the precision that the trainer will compute in, so that both read the same at the start.
-    with evaluating(model.module), off, trainer.accelerator.autocast():
+    with evaluating(model.module), _adapter_off(module), trainer.accelerator.autocast():
+        anchors = write_tasks(model, seed) if wanted == OWN else named_tasks(wanted)
+        prompts = draw_prompts(model, anchors, term, max_length=model.context_length, seed=seed)
         pool = cache_teacher(model, prompts, term, head=head)
     loss = AnchorKL(term.name, term.weight, pool, term.direction, seed)
     joined = _Joined(trainer, loss, head)

@@ -87,6 +87,8 @@ class Mix(Spec):
             raise ValueError("icl_share and general_share leave no room for the target")
         if self.icl_share + self.general_share == 0.0:
             raise ValueError("nothing to mix in; give icl_share or general_share, or drop the term")
+        if self.icl_from == "data" and self.tasks != "anchors":
+            raise ValueError("`tasks` has no use with icl_from: data; leave one of them out")
         if (self.general_share > 0.0) != (self.general_data is not None):
             raise ValueError("general_share and general_data are given together or not at all")
         return self
@@ -175,13 +177,17 @@ def parse_keep(text: str) -> tuple[KeepTerm, ...]:
     """Return the terms that `--keep` names: `none`, or names joined by commas.
 
     Raises:
-        ConfigError: if there is no such term.
+        ConfigError: if there is no such term, or `auto` or `none` stands beside others.
     """
-    match text:
-        case "none":
-            return ()
-        case _:
-            return tuple(_term(name.strip()) for name in text.split(","))
+    if text == "none":
+        return ()
+    names = [name.strip() for name in text.split(",")]
+    alone = [name for name in names if name in ("auto", "none")]
+    if alone:
+        raise ConfigError(
+            f"--keep {text!r}: {alone[0]!r} stands alone; give it by itself, or terms without it"
+        )
+    return tuple(_term(name) for name in names)
 
 
 def _term(text: str) -> KeepTerm:

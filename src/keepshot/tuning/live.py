@@ -29,7 +29,7 @@ def live_model(module: Any, tokenizer: Any) -> LanguageModel:
     """Return a view of a model in training; peft's adapters in it stay switched on.
 
     Raises:
-        ConfigError: if there is no tokenizer.
+        ConfigError: if there is no tokenizer, or what trains is a soft prompt.
     """
     if tokenizer is None or not hasattr(tokenizer, "encode"):
         raise ConfigError(
@@ -38,6 +38,13 @@ def live_model(module: Any, tokenizer: Any) -> LanguageModel:
         )
     inner = unwrapped(module)
     if hasattr(inner, "get_base_model"):
+        config: Any = getattr(inner, "active_peft_config", None)
+        if getattr(config, "is_prompt_learning", False):
+            raise ConfigError(
+                f"what trains is a soft prompt ({config.peft_type.value}), and few-shot prompts "
+                "come without it: the weights that\nread them stay as they are, so there is "
+                "nothing to watch or to hold; leave the guard and the term out"
+            )
         inner = inner.get_base_model()
     first = next(inner.parameters())
     return LanguageModel(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
@@ -90,16 +91,7 @@ def run(loop: Loop, losses: list[dict[str, float]], progress: Progress) -> None:
     transformers_logging.set_verbosity_error()
     kept = states(loop.state_dir, loop.recipe, loop.samples)
     with quiet_transformers(), training(loop.prepared), kept as place:
-        try:
-            trainer = _KeepTrainer(loop, place, progress)
-        except (ValueError, RuntimeError, ImportError) as error:
-            if not loop.recipe.report_to:
-                raise
-            reason = str(error).splitlines()[0]
-            raise ConfigError(
-                f"report_to {list(loop.recipe.report_to)}: {reason}; install the tracker, or "
-                "leave it out"
-            ) from error
+        trainer = _KeepTrainer(loop, place, progress)
         try:
             trainer.train(resume_from_checkpoint=last_state(place))
             trainer.check_weights()
@@ -108,6 +100,22 @@ def run(loop: Loop, losses: list[dict[str, float]], progress: Progress) -> None:
             losses.extend(trainer.rows())
             config.use_cache = use_cache
             transformers_logging.set_verbosity(verbosity)
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """See that the trackers of `report_to` are known and installed.
+
+    Raises:
+        ConfigError: if not.
+    """
+    try:
+        for callback in get_reporting_integration_callbacks(list(recipe.report_to)):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"report_to {list(recipe.report_to)}: {reason}; install the tracker, or leave it out"
+        ) from error
 
 
 class _Samples(Dataset[Sample]):

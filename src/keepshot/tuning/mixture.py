@@ -118,6 +118,20 @@ def mix(
     return Mixture((*dealt, *sources), len(dealt), (root, *tree))
 
 
+def check_shares(recipe: Recipe, names: Sequence[str]) -> None:
+    """See that there is a share for each data set, if there are any shares.
+
+    Raises:
+        ConfigError: if not.
+    """
+    shares = recipe.data_shares
+    if shares is not None and len(shares) != len(names):
+        raise ConfigError(
+            f"data_shares has {len(shares)} shares for {len(names)} data sets "
+            f"({', '.join(names)}); give one for each"
+        )
+
+
 def _count(share: float, recipe: Recipe) -> int:
     return max(1, round(share * recipe.batch_size))
 
@@ -131,11 +145,7 @@ def _dealt(
     """Return the target's sources: one for all data sets, or one each if shares are stated."""
     if recipe.data_shares is None:
         return [Source(whole, left)]
-    if len(recipe.data_shares) != len(target):
-        raise ConfigError(
-            f"data_shares has {len(recipe.data_shares)} shares for {len(target)} data sets "
-            f"({', '.join(name for name, _ in target)}); give one for each"
-        )
+    check_shares(recipe, [name for name, _ in target])
     counts = _divided(left, recipe.data_shares)
     return [
         Source(tuple(samples), count)
@@ -242,7 +252,7 @@ def own_examples(rows: Sequence[Row], term: str) -> list[Example]:
     if not examples:
         raise ConfigError(
             f"the {term} term makes few-shot prompts of the target's rows, which takes "
-            '"input" and "output"; the data has none'
+            '"input" and "output"; the data has none: give such rows, or drop the term'
         )
     return examples
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from keepshot.errors import TrainingError
+from keepshot.errors import ConfigError, TrainingError
 from keepshot.models.soft_prompts import SoftPrompts, attach_, sample_vectors
 from keepshot.progress import Progress
 from keepshot.tuning.adapters import detach_
@@ -75,10 +75,19 @@ def attach_prompts(recipe: Recipe, module: Any, tasks: Sequence[str]) -> SoftPro
 
     Returns:
         The prompts; None if the method has none.
+
+    Raises:
+        ConfigError: if two data sets have the same name, by which a prompt is found later.
     """
     length = prompt_tokens(recipe.method)
     if length == 0:
         return None
+    repeated = sorted({name for name in tasks if list(tasks).count(name) > 1})
+    if repeated:
+        raise ConfigError(
+            f"two data sets are named {repeated[0]!r}, and a soft prompt is found by the name of "
+            "its task; rename one, or put all rows into one file"
+        )
     generator = torch.Generator().manual_seed(recipe.seed)
     return attach_(module, tasks, sample_vectors(module, length * len(tasks), generator))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,8 @@ class Extra:
     """The rows behind a `mix` term's `general_data`."""
     origins: Sequence[tuple[str, int]] = ()
     """Names of the data sets that the rows are from, and how many in turn; empty: one."""
+    held_out_origins: Sequence[tuple[str, int]] = ()
+    """The same of the held-out rows."""
     state_dir: Path | None = None
     """Where resume states are kept while training and looked for at the start; deleted at the end.
     None keeps none."""
@@ -59,6 +61,7 @@ class Tokenised:
 
     encoded: Encoded
     held_out: Encoded | None
+    """Under the soft prompts of their tasks, if these have any."""
     mixture: Mixture
     prompts: Mapping[str, Sequence[Sample]]
     """Those of the terms that have their own, by the term's name."""
@@ -86,19 +89,21 @@ def tokenise(
     _check_writable(recipe, model, template)
     learned = [
         (name, learned_rows(recipe, rows, rows, template, name))
-        for name, rows in _by_origin(recipe, examples, extra)
+        for name, rows in _by_origin(recipe, examples, extra.origins)
     ]
     parts = [(name, _encode(recipe, model, rows, template, name)) for name, rows in learned]
-    encoded = Encoded(
-        tuple(sample for _, part in parts for sample in part.samples),
-        sum(part.num_dropped for _, part in parts),
-        sum(part.num_cut for _, part in parts),
-        sum(part.num_unanswered for _, part in parts),
-    )
+    encoded = _joined([part for _, part in parts])
     held_out = None
     if validation:
-        rows = learned_rows(recipe, validation, examples, template, recipe.data)
-        held_out = _encode(recipe, model, rows, template, recipe.data)
+        held = learned_rows(recipe, validation, examples, template, recipe.data)
+        asked = [
+            (name, _encode(recipe, model, rows, template, f"{name}, held out"))
+            for name, rows in _by_origin(recipe, held, extra.held_out_origins)
+            if rows
+        ]
+        held_out = _joined(
+            [replace(part, samples=_prompted(model, part, name)) for name, part in asked]
+        )
     added = find_term(recipe.keep, Mix)
     few_shot: list[tuple[str, list[Sample]]] = []
     general: Sequence[Sample] = ()
@@ -110,7 +115,7 @@ def tokenise(
             raise ConfigError(f"mix: general_data {added.general_data!r} holds no rows")
         source = str(added.general_data)
         general = _encode(recipe, model, extra.general, template, source).samples
-    named = [(name, prompted(model, part, name)) for name, part in parts]
+    named = [(name, _prompted(model, part, name)) for name, part in parts]
     prompts: dict[str, list[Sample]] = {}
     for term in recipe.keep:
         if isinstance(term, KL | EWC):
@@ -127,6 +132,11 @@ def tokenise(
 def task_name(data: str) -> str:
     """Return the name that a recipe's data have as a task: a file's is its own name."""
     return Path(data.strip()).name if is_path(data.strip()) else data.strip()
+
+
+def task_names(recipe: Recipe, extra: Extra) -> list[str]:
+    """Return the names that the data sets of a recipe have as tasks, in their order."""
+    return [task_name(name) for name, _ in extra.origins or ((recipe.data, 0),)]
 
 
 def source_tree(recipe: Recipe, data: Tokenised) -> tuple[Branch, ...]:
@@ -197,16 +207,24 @@ def learned_rows(
     )
 
 
-def prompted(model: LanguageModel, encoded: Encoded, data: str) -> tuple[Sample, ...]:
-    """Return the samples under the soft prompt that their task has, if it has one."""
+def _prompted(model: LanguageModel, encoded: Encoded, data: str) -> tuple[Sample, ...]:
     return under_prompt(encoded.samples, model.soft_prompt(task_name(data)))
 
 
+def _joined(parts: Sequence[Encoded]) -> Encoded:
+    return Encoded(
+        tuple(sample for part in parts for sample in part.samples),
+        sum(part.num_dropped for part in parts),
+        sum(part.num_cut for part in parts),
+        sum(part.num_unanswered for part in parts),
+    )
+
+
 def _by_origin(
-    recipe: Recipe, examples: Sequence[Row], extra: Extra
+    recipe: Recipe, examples: Sequence[Row], given: Sequence[tuple[str, int]]
 ) -> list[tuple[str, Sequence[Row]]]:
     """Return the rows of each data set that they are from."""
-    origins = extra.origins or ((recipe.data, len(examples)),)
+    origins = given or ((recipe.data, len(examples)),)
     assert sum(count for _, count in origins) == len(examples), "every row has an origin"
     ends = list(itertools.accumulate(count for _, count in origins))
     return [

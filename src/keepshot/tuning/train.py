@@ -18,13 +18,13 @@ from keepshot.outputs import write_text
 from keepshot.progress import Progress, Silent
 from keepshot.tasks.source import Row
 from keepshot.tasks.task import Task
-from keepshot.tuning.anchors import AnchorKL, cache_teacher
+from keepshot.tuning.anchors import AnchorKL, cache_teacher, fitting
 from keepshot.tuning.auto import run_auto
 from keepshot.tuning.batch import fingerprint, mean_loss
 from keepshot.tuning.card import write_card
 from keepshot.tuning.distil import Rewritten, rewrite
 from keepshot.tuning.keep import EWC, KL, L2SP, FewShot, Mix, SelfDistil, TokenMask, find_term
-from keepshot.tuning.loop import StepTerm
+from keepshot.tuning.loop import StepTerm, check_trackers
 from keepshot.tuning.masking import Masked, mask_tokens
 from keepshot.tuning.methods import Prepared, export
 from keepshot.tuning.penalties import diagonal_fisher, few_shot_loss, pull_from_here
@@ -34,9 +34,8 @@ from keepshot.tuning.stages import Work, attach_prompts, run_stages
 from keepshot.tuning.tokenised import (
     Extra,
     Tokenised,
-    prompted,
     source_tree,
-    task_name,
+    task_names,
     tokenise,
 )
 
@@ -76,13 +75,15 @@ def train(
     """
     extra = extra or Extra()
     began = time.perf_counter()
-    attach_prompts(recipe, model.module, [task_name(name) for name in recipe.data.split(",")])
+    check_trackers(recipe)
+    attach_prompts(recipe, model.module, task_names(recipe, extra))
     rewriting = find_term(recipe.keep, SelfDistil)
     own = rewrite(model, examples, rewriting) if rewriting else Rewritten(list(examples), 0)
     data = tokenise(recipe, model, own.rows, anchors=anchors, validation=validation, extra=extra)
     encoded, held_out = data.encoded, data.held_out
     asked, recipe = recipe, recipe.resolved(len(encoded.samples))
     head: Any = model.module.get_output_embeddings()
+    data = _fitting(recipe, data, head)
     masked = _masked(recipe, model, data, head)
     terms = _before(recipe, model, data, head)
     # Gradients pass through a head that does not train, so its freezing by a method is harmless.
@@ -127,9 +128,7 @@ def train(
         sources=source_tree(recipe, data),
         auto=decisions,
         losses=losses,
-        validation_loss=mean_loss(model, prompted(model, held_out, recipe.data))
-        if held_out
-        else None,
+        validation_loss=mean_loss(model, held_out.samples) if held_out else None,
     )
     if out_dir is not None and losses:
         export(prepared, model, out_dir)
@@ -138,6 +137,15 @@ def train(
     if done.failure is not None:
         raise done.failure
     return record
+
+
+def _fitting(recipe: Recipe, data: Tokenised, head: Any) -> Tokenised:
+    """Leave out the prompts whose cached probabilities would not fit, which no step would read."""
+    term = find_term(recipe.keep, KL)
+    if term is None:
+        return data
+    kept = fitting(data.prompts[term.name], term, head)
+    return dataclasses.replace(data, prompts={**data.prompts, term.name: kept})
 
 
 def _masked(recipe: Recipe, model: LanguageModel, data: Tokenised, head: Any) -> Masked:
