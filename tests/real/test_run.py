@@ -17,7 +17,7 @@ from keepshot.progress import Silent
 from keepshot.records import ResultDocument
 
 SHORTENED = [
-    "measure={tasks: [past-tense, extract-town, number-name], shots: [0, 4], seeds: 1, limit: 16}",
+    "measure={tasks: [past-tense, extract-town, number-name], shots: [4], seeds: 1, limit: 16}",
     "arms.plain.steps=15",
     "arms.kept.steps=15",
     "arms.kept.keep=[{name: kl, weight: 5.0, prompts_per_step: 1, prompts: 15, shots: [2, 5]}]",

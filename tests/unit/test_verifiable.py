@@ -125,12 +125,12 @@ def read_generations() -> tuple[InstructionPrompt, ...]:
     return tuple(InstructionPrompt(r["key"], r["output"], ()) for r in map(json.loads, lines))
 
 
-@pytest.mark.parametrize("every", [2, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
 def test_official_verdicts_are_the_references(reference: Any, punkt: Punkt, every: int) -> None:
     """520 prompts with 27 kinds of answer each, strict and loose: no disagreement."""
     both = (*embedded_set().prompts, *odd_prompts())
     assert len(both) == 520
-    # What tells kinds apart is in the answers; half of the embedded prompts has every type.
+    # What tells kinds apart is in the answers; a fifth of the embedded prompts has every type.
     asked = InstructionSet("all", 1, (*embedded_set().prompts[::every], *odd_prompts()))
     types = {one.type for prompt in asked.prompts for one in prompt.instructions}
     assert types == OFFICIAL.keys()
