@@ -19,7 +19,8 @@ import pandas as pd
 from keepshot import stats
 from keepshot.report.study import correlation_tables, read_study
 from keepshot.report.words import score, score_interval
-from keepshot.study.analysis import attribute, clustered_mean
+from keepshot.study.analysis import Bound, attribute, bound, clustered_mean
+from keepshot.study.correlation import correlate
 from keepshot.study.evidence import Figure, Findings
 from keepshot.study.frame import matrix
 
@@ -66,11 +67,11 @@ def show_models(items: pd.DataFrame, scores: pd.DataFrame) -> None:
     for name, own in scores[scores["ask"] == "composed"].groupby("group", sort=False):
         base, tuned = own[own["stage"] == "base"], own[own["stage"] == "tuned"]
         direct, gold = (base[base["setting"] == s]["score"] for s in ("direct", "gold"))
-        after = tuned[tuned["setting"] == "direct"]["score"]
+        after, shown = (tuned[tuned["setting"] == s]["score"] for s in ("direct", "gold"))
         size = f"{sizes.loc[name, 'min'] / 1e6:.3g}"
-        rows.append((name, size, len(gold), len(after), span(direct), span(gold), span(after)))
+        rows.append((name, size, len(gold), len(after), *map(span, (direct, gold, after, shown))))
     table(("models", "million parameters", "bases", "tuned", "base, 0 shots", "base, 4 shots",
-           "tuned, 0 shots"), rows)  # fmt: skip
+           "tuned, 0 shots", "tuned, 4 shots"), rows)  # fmt: skip
 
 
 def show_correlations(found: Findings) -> None:
@@ -139,6 +140,67 @@ def show_attribution(items: pd.DataFrame, scores: pd.DataFrame) -> None:
     table(("models", "n", *causes, "unexplained"), rows)
 
 
+def show_kinds(scores: pd.DataFrame) -> None:
+    """Correlate within kinds of models, and each of the bases' two scores given the other.
+
+    Of a large model and its degraded copies, each base is resampled by itself.
+    """
+    points = joined(scores, whole=False)
+    large = points["family"].isin(["gemma", "smollm2"])
+    parts = {"all": points, "from scratch": points[~large]}
+    parts |= {f"{name} and degraded": part for name, part in points[large].groupby("family")}
+    rows = []
+    for label, part in parts.items():
+        clusters = part["model" if label.endswith("degraded") else "family"].tolist()
+        columns = {name: part[name].to_numpy(float) for name in ("gold", "direct", "tuned")}
+        found = []
+        for cause, other in (("gold", "direct"), ("direct", "gold")):
+            for given in (None, columns[other][:, None]):
+                one = correlate(columns[cause], columns["tuned"], clusters,
+                                np.random.default_rng(SEED), given=given)  # fmt: skip
+                found.append(f"{score(one.value)} {score_interval((one.low, one.high))}")
+        rows.append((label, f"{len(part)} ({len(set(clusters))})", *found))
+    heads = ("models", "n (resampled)", "base, 4 shots", "the same, given 0 shots",
+             "base, 0 shots", "the same, given 4 shots")  # fmt: skip
+    table(heads, rows)
+
+
+def show_bound(items: pd.DataFrame) -> None:
+    """The bound apart for tasks with choices, where a guess solves what a bias never does."""
+    whole = items[items["degraded"].isna()]
+    base = whole[(whole["stage"] == "base") & (whole["ask"] == "draws")]
+    tuned = whole[(whole["stage"] == "tuned") & (whole["ask"] == "composed")
+                  & (whole["setting"] == "direct")]  # fmt: skip
+    rows = []
+    for label, choice in (("with choices", True), ("written freely", False)):
+        sides = [part[(part["chance"] > 0.0) == choice] for part in (base, tuned)]
+        for name, families in (("all", None), *((f, [f]) for f in sides[0]["family"].unique())):
+            one, other = (s if families is None else s[s["family"].isin(families)] for s in sides)
+            rows.append((label, name, *_beyond(one, other)))
+    table(("tasks", "bases", "n", "items", "beyond", "control", "excess"), rows)
+
+
+def _beyond(base: pd.DataFrame, tuned: pd.DataFrame) -> tuple[object, ...]:
+    def by_item(rows: pd.DataFrame, run: str) -> pd.DataFrame:
+        wide = rows.pivot_table(index=run, columns=["task", "item"], values="correct")
+        return wide.dropna(axis=1)
+
+    found: list[Bound] = []
+    families: list[str] = []
+    for model, draws in base.groupby("model"):
+        base_SN, tuned_TN = by_item(draws, "seed"), by_item(tuned[tuned["model"] == model], "unit")
+        both = base_SN.columns.intersection(tuned_TN.columns)
+        sides = (tuned_TN[both].to_numpy(float), base_SN[both].to_numpy(float))
+        found.append(bound(*sides, np.random.default_rng(SEED)))
+        families.append(str(draws["family"].iloc[0]))
+    shares = []
+    for name in ("beyond", "control", "excess"):
+        values = [getattr(one, name).value for one in found]
+        shares.append(interval(clustered_mean(values, families)) if len(set(families)) > 2
+                      else span(pd.Series(values)))  # fmt: skip
+    return len(found), found[0].num_items, *shares
+
+
 def show_recipes(scores: pd.DataFrame) -> None:
     points = joined(scores, whole=True)
     points = points.assign(kind=points["recipe"].str.replace("-large", ""))
@@ -186,6 +248,14 @@ def show_written(items: pd.DataFrame) -> None:
         rows.append((name, part["model"].nunique(), *values))
     table(("models", "n", "base, 2 right", "writer, 2 right", "writer, own (SampleGen)",
            "base, the writer's (pipeline)"), rows)  # fmt: skip
+    means_of = own.groupby(["family", "model", "kind", "task"])["correct"].mean()
+    points = means_of.groupby(["family", "model", "kind"]).mean().unstack("kind")
+    families = points.index.get_level_values("family").tolist()
+    for kind in ("tuned pipeline", "base gold"):
+        one = correlate(points[kind].to_numpy(float), points["tuned samplegen"].to_numpy(float),
+                        families, np.random.default_rng(SEED))  # fmt: skip
+        print(f"\nSpearman of SampleGen with {kind}: {score(one.value)} "
+              f"{score_interval((one.low, one.high))} ({one.num_points} models)")  # fmt: skip
 
 
 def main() -> None:
@@ -204,6 +274,8 @@ def main() -> None:
     show_correlations(document.findings)
     show_comparisons(document.findings)
     show_attribution(items, scores)
+    show_kinds(scores)
+    show_bound(items)
     show_recipes(scores)
     show_demonstrations(items)
     show_written(items)
