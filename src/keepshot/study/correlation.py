@@ -28,7 +28,6 @@ FEWEST_POINTS = 5
 FEWEST_CLUSTERS = 3
 FEWEST_RESAMPLES = 0.8
 """Share of the resamples in which both scores must vary."""
-_ALMOST_ONE = 1.0 - 1e-9
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def correlate(
     value = float(estimate(np.ones((1, len(x))))[0])
     share = np.full(num_clusters, 1.0 / num_clusters)
     draws = generator.multinomial(num_clusters, share, size=NUM_RESAMPLES).astype(np.float64)
-    resampled = _fisher(estimate(draws @ members))
+    resampled = _fisher(estimate(draws @ members), len(x))
     # A resample in which a score does not vary has no correlation.
     resampled = resampled[np.isfinite(resampled)]
     if np.isfinite(value) and len(resampled) < FEWEST_RESAMPLES * NUM_RESAMPLES:
@@ -97,7 +96,7 @@ def correlate(
             "scores: too few families differ for an interval"
         )
     error = float(resampled.std(ddof=1)) * np.sqrt(num_clusters / (num_clusters - 1))
-    middle = float(_fisher(np.array([value]))[0])
+    middle = float(_fisher(np.array([value]), len(x))[0])
     reach = error * float(stats.t.ppf(0.975, num_clusters - 1))
     low, high = min(np.tanh(middle - reach), value), max(np.tanh(middle + reach), value)
     if error > 1e-9:
@@ -223,8 +222,13 @@ def _members(clusters: Sequence[object]) -> Vector:
     return (names[None, :] == np.unique(names)[:, None]).astype(np.float64)
 
 
-def _fisher(values: Vector) -> Vector:
-    return np.arctanh(np.clip(values, -_ALMOST_ONE, _ALMOST_ONE))
+def _fisher(values: Vector, num_points: int) -> Vector:
+    """Return Fisher's z, cut half a step of ranks short of 1, where it would have no end.
+
+    Resamples of few families often are in perfect order; further out they would rule the scatter.
+    """
+    most = 1.0 - 6.0 / (num_points * (num_points**2 - 1.0))
+    return np.arctanh(np.clip(values, -most, most))
 
 
 def _check(x: Vector, y: Vector, covariates: Vector, members: Vector) -> None:
