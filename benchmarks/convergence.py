@@ -19,8 +19,10 @@ import pandas as pd
 from keepshot import stats
 from keepshot.report.study import correlation_tables, read_study
 from keepshot.report.words import score, score_interval
-from keepshot.study.analysis import Bound, attribute, bound, clustered_mean
-from keepshot.study.correlation import correlate
+from keepshot.study.analysis import attribute, clustered_mean
+from keepshot.study.beyond import bounds
+from keepshot.study.cohort import Condition, cohort
+from keepshot.study.correlation import Correlation, correlate
 from keepshot.study.evidence import Figure, Findings
 from keepshot.study.frame import matrix
 
@@ -34,10 +36,11 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         print(f"| {' | '.join(map(str, row))} |")
 
 
-def interval(found: Figure | stats.Interval | None) -> str:
+def interval(found: Figure | stats.Interval | Correlation | None) -> str:
     if found is None:
         return ""
-    return f"{score(found.value)} {score_interval(found.ci95)}"
+    ends = (found.low, found.high) if isinstance(found, Correlation) else found.ci95
+    return f"{score(found.value)} {score_interval(ends)}"
 
 
 def group(row: pd.Series) -> str:
@@ -158,7 +161,7 @@ def show_kinds(scores: pd.DataFrame) -> None:
             for given in (None, columns[other][:, None]):
                 one = correlate(columns[cause], columns["tuned"], clusters,
                                 np.random.default_rng(SEED), given=given)  # fmt: skip
-                found.append(f"{score(one.value)} {score_interval((one.low, one.high))}")
+                found.append(interval(one))
         rows.append((label, f"{len(part)} ({len(set(clusters))})", *found))
     heads = ("models", "n (resampled)", "base, 4 shots", "the same, given 0 shots",
              "base, 0 shots", "the same, given 4 shots")  # fmt: skip
@@ -167,38 +170,20 @@ def show_kinds(scores: pd.DataFrame) -> None:
 
 def show_bound(items: pd.DataFrame) -> None:
     """The bound apart for tasks with choices, where a guess solves what a bias never does."""
-    whole = items[items["degraded"].isna()]
-    base = whole[(whole["stage"] == "base") & (whole["ask"] == "draws")]
-    tuned = whole[(whole["stage"] == "tuned") & (whole["ask"] == "composed")
-                  & (whole["setting"] == "direct")]  # fmt: skip
+    base, tuned = Condition("base", "draws", "gold", 4), Condition("tuned", "composed", "direct", 0)
     rows = []
     for label, choice in (("with choices", True), ("written freely", False)):
-        sides = [part[(part["chance"] > 0.0) == choice] for part in (base, tuned)]
-        for name, families in (("all", None), *((f, [f]) for f in sides[0]["family"].unique())):
-            one, other = (s if families is None else s[s["family"].isin(families)] for s in sides)
-            rows.append((label, name, *_beyond(one, other)))
+        found = bounds(cohort(items[(items["chance"] > 0.0) == choice]), base, tuned)
+        families = [family for family, _ in found]
+        for name in ("all", *dict.fromkeys(families)):
+            some = [one for family, one in found if name in ("all", family)]
+            shares = []
+            for share in ("beyond", "control", "excess"):
+                values = [getattr(one, share).value for one in some]
+                shares.append(interval(clustered_mean(values, families)) if name == "all"
+                              else span(pd.Series(values)))  # fmt: skip
+            rows.append((label, name, len(some), some[0].num_items, *shares))
     table(("tasks", "bases", "n", "items", "beyond", "control", "excess"), rows)
-
-
-def _beyond(base: pd.DataFrame, tuned: pd.DataFrame) -> tuple[object, ...]:
-    def by_item(rows: pd.DataFrame, run: str) -> pd.DataFrame:
-        wide = rows.pivot_table(index=run, columns=["task", "item"], values="correct")
-        return wide.dropna(axis=1)
-
-    found: list[Bound] = []
-    families: list[str] = []
-    for model, draws in base.groupby("model"):
-        base_SN, tuned_TN = by_item(draws, "seed"), by_item(tuned[tuned["model"] == model], "unit")
-        both = base_SN.columns.intersection(tuned_TN.columns)
-        sides = (tuned_TN[both].to_numpy(float), base_SN[both].to_numpy(float))
-        found.append(bound(*sides, np.random.default_rng(SEED)))
-        families.append(str(draws["family"].iloc[0]))
-    shares = []
-    for name in ("beyond", "control", "excess"):
-        values = [getattr(one, name).value for one in found]
-        shares.append(interval(clustered_mean(values, families)) if len(set(families)) > 2
-                      else span(pd.Series(values)))  # fmt: skip
-    return len(found), found[0].num_items, *shares
 
 
 def show_recipes(scores: pd.DataFrame) -> None:
@@ -254,8 +239,7 @@ def show_written(items: pd.DataFrame) -> None:
     for kind in ("tuned pipeline", "base gold"):
         one = correlate(points[kind].to_numpy(float), points["tuned samplegen"].to_numpy(float),
                         families, np.random.default_rng(SEED))  # fmt: skip
-        print(f"\nSpearman of SampleGen with {kind}: {score(one.value)} "
-              f"{score_interval((one.low, one.high))} ({one.num_points} models)")  # fmt: skip
+        print(f"\nSpearman of SampleGen with {kind}: {interval(one)} ({one.num_points} models)")
 
 
 def main() -> None:

@@ -136,9 +136,9 @@ def check_apart(out_dir: Path, inputs: Sequence[Path]) -> None:
     out = out_dir.resolve()
     for directory in inputs:
         given = directory.resolve()
-        if out == given or given in out.parents:
+        if out.is_relative_to(given):
             raise OutputError(f"{out_dir}: lies inside the input {directory}; choose another --out")
-        if out in given.parents:
+        if given.is_relative_to(out):
             raise OutputError(f"{out_dir}: holds the input {directory}; choose another --out")
 
 

@@ -187,14 +187,11 @@ class Workspace:
 
 def example_files(spec: Spec) -> set[Path]:
     """Return the files of examples that a spec names anywhere, lists in commas included."""
-    return {path for path in _named_paths(spec) if path.name.endswith(SUFFIXES) and path.is_file()}
+    return {Path(n) for n in _names(spec) if n.endswith(SUFFIXES) and Path(n).is_file()}
 
 
-def _named_paths(spec: Spec) -> set[Path]:
-    """Return what a spec names anywhere that exists: lists in commas, and adapters behind a `+`.
-
-    Names of tasks, suites and embedded models mean these, whatever lies in the directory.
-    """
+def _names(spec: Spec) -> set[str]:
+    """Return the texts in a spec, and the parts of lists in commas."""
     found: set[str] = set()
 
     def look(value: object) -> None:
@@ -205,20 +202,21 @@ def _named_paths(spec: Spec) -> set[Path]:
             for inner in value:
                 look(inner)
         elif isinstance(value, str):
-            names = {value, *value.split(","), *value.split("+")}
-            found.update(name.strip() for name in names)
+            found.update(name.strip() for name in (value, *value.split(",")))
 
     look(spec.model_dump(mode="json"))
-    paths = found - {"", *EMBEDDED, *CATALOG, *SUITES}
-    return {path for path in map(Path, paths) if _exists(path)}
+    return found
 
 
 def _check_keeps(out_dir: Path, spec: Spec) -> None:
-    """Refuse to replace a directory with models or examples in it that the spec names."""
-    place = out_dir.resolve()
-    for path in sorted(_named_paths(spec)):
-        given = path.expanduser().resolve()
-        if place == given or place in given.parents:
+    """Refuse to replace a directory with models, adapters or examples in it that the spec names.
+
+    Names of tasks, suites and embedded models mean these, whatever lies in the directory.
+    """
+    place, names = out_dir.resolve(), _names(spec)
+    names |= {part for name in names for part in name.split("+")}
+    for path in map(Path, sorted(names - {"", *EMBEDDED, *CATALOG, *SUITES})):
+        if _exists(path) and path.expanduser().resolve().is_relative_to(place):
             raise OutputError(
                 f"{out_dir}: holds {path}, which is read, and would be replaced; choose another "
                 "--out"

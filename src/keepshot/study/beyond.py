@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from keepshot.errors import StudyError
-from keepshot.study.analysis import bound, clustered_mean
+from keepshot.study.analysis import Bound, bound, clustered_mean
 from keepshot.study.cohort import Cohort, Condition
 from keepshot.study.comparison import figure
 from keepshot.study.evidence import BoundFinding
@@ -26,15 +26,33 @@ def beyond(cohort: Cohort, base: Condition, tuned: Condition) -> BoundFinding:
     Raises:
         StudyError: with fewer than three draws or families.
     """
+    found = bounds(cohort, base, tuned)
+    if not found:
+        raise StudyError("no item was put to a tuned model and to its base")
+    families = [family for family, _ in found]
+    shares = {
+        name: clustered_mean([getattr(one, name).value for _, one in found], families)
+        for name in ("beyond", "control", "excess")
+    }
+    return BoundFinding(
+        beyond=figure(shares["beyond"], 0.0), control=figure(shares["control"], 0.0),
+        excess=figure(shares["excess"]), num_draws=min(one.num_draws for _, one in found),
+        num_models=len(found), num_families=len(set(families)),
+        num_items=max(one.num_items for _, one in found),
+    )  # fmt: skip
+
+
+def bounds(cohort: Cohort, base: Condition, tuned: Condition) -> list[tuple[str, Bound]]:
+    """Return the family and the bound of each base model that shares items with a tuned one.
+
+    Args and errors are those of `beyond`, but for the number of families.
+    """
     draws = _tables(cohort.asked[base].rows, "unit", "seed")
     places = {model: place for place, model in enumerate(cohort.models["model"])}
     of = cohort.subjects["model"].map(places)
     runs = cohort.asked[tuned].rows
     runs = _tables(runs.assign(model=runs["unit"].map(of)), "model", "unit")
-    found = []
-    families: list[str] = []
-    num_draws: set[int] = set()
-    num_items = 0
+    found: list[tuple[str, Bound]] = []
     for place, one in runs.items():
         if place not in draws:
             continue
@@ -42,21 +60,9 @@ def beyond(cohort: Cohort, base: Condition, tuned: Condition) -> BoundFinding:
         if both.empty:
             continue
         base_SN, tuned_TN = (table[both].to_numpy(float) for table in (draws[place], one))
-        found.append(bound(tuned_TN, base_SN, np.random.default_rng(SEED)))
-        num_draws.add(found[-1].num_draws)
-        num_items = max(num_items, found[-1].num_items)
-        families.append(str(cohort.models["family"].iloc[int(place)]))
-    if not found:
-        raise StudyError("no item was put to a tuned model and to its base")
-    shares = {
-        name: clustered_mean([getattr(one, name).value for one in found], families)
-        for name in ("beyond", "control", "excess")
-    }
-    return BoundFinding(
-        beyond=figure(shares["beyond"], 0.0), control=figure(shares["control"], 0.0),
-        excess=figure(shares["excess"]), num_draws=min(num_draws), num_models=len(found),
-        num_families=len(set(families)), num_items=num_items,
-    )  # fmt: skip
+        family = str(cohort.models["family"].iloc[int(place)])
+        found.append((family, bound(tuned_TN, base_SN, np.random.default_rng(SEED))))
+    return found
 
 
 def _tables(rows: Any, unit: str, row: str) -> dict[Any, Any]:
