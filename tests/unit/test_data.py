@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -160,14 +161,41 @@ def test_cut_rows_keep_what_is_left_of_their_answers(model: LanguageModel):
 
 
 def test_hold_out_is_seeded_and_keeps_every_row_once():
-    rows = list(range(40))
+    rows = [Example(f"question {number}", "answer") for number in range(40)]
     train, held = hold_out(rows, share=0.1, seed=3)
-    assert sorted(train + held) == rows
+    assert sorted(train + held, key=rows.index) == rows
     assert len(held) == 4
     assert (train, held) == hold_out(rows, share=0.1, seed=3) != hold_out(rows, share=0.1, seed=4)
-    assert len(hold_out([1, 2], share=0.1, seed=0)[1]) == 1
+    assert len(hold_out(rows[:2], share=0.1, seed=0)[1]) == 1
     with pytest.raises(TaskError, match="1 row is too few"):
-        hold_out([1], share=0.1, seed=0)
+        hold_out(rows[:1], share=0.1, seed=0)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda text, answer: Example(text, answer),
+        lambda text, answer: PromptRow(text, answer),
+        lambda text, answer: MessagesRow(
+            (Message("system", "Be kind."), Message("user", text), Message("assistant", answer))
+        ),
+        lambda text, _: TextRow(text),
+    ],
+    ids=["example", "prompt", "messages", "text"],
+)
+def test_hold_out_leaves_no_question_on_both_sides(ask):
+    wordings = ["{}", " {} ", "{}\n"]
+    rows = [ask(wordings[n % 3].format("aB"[n % 2] + "c" * (n % 9)), "yes") for n in range(90)]
+    for seed in range(20):
+        sides = hold_out(rows, share=0.2, seed=seed)
+        first, second = ({re.sub(r"\s|\\n", "", str(row)) for row in side} for side in sides)
+        assert not first & second
+        assert sum(map(len, sides)) == 90
+        assert 1 <= len(sides[1]) <= 18
+    # One question in ten wordings of its answer, and one other.
+    ten = [ask("same", str(number)) for number in range(10)]
+    assert hold_out([*ten, ask("other", "x")], share=0.1, seed=0)[1] == [ask("other", "x")]
+    assert len(hold_out(ten, share=0.2, seed=0)[1]) == 2
 
 
 def sample_of(length: int, read: int = 1) -> Sample:

@@ -83,8 +83,10 @@ def test_several_data_sets_are_one_or_have_stated_shares():
     assert [source.count for source in tiny.sources] == [9, 1]
     with pytest.raises(ConfigError, match="has 2 shares for 3 data sets"):
         mix(recipe(data_shares=(0.5, 0.5)), [*parts, ("c", samples(2, 2))], [], [])
-    with pytest.raises(ConfigError, match="leaves no room"):
-        mix(recipe(batch_size=1, data_shares=(0.5, 0.5)), parts, [], [])
+    with pytest.raises(ValueError, match="leaves no room for 2 data sets; raise it"):
+        recipe(batch_size=1, data_shares=(0.5, 0.5))
+    with pytest.raises(ValueError, match="no room for the target beside 1 samples of the mix term"):
+        recipe(batch_size=1, keep=(Mix(icl_share=0.4),))
     with pytest.raises(ValueError, match=r"add up to 0.9, not 1"):
         recipe(data_shares=(0.5, 0.4))
 

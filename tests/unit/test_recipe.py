@@ -81,6 +81,20 @@ def test_steps_and_rate_are_filled_in():
         ({"keep": [{"name": "kl", "direction": "k3", "top_k": 9}]}, "`top_k` has no use with k3"),
         ({"keep": [{"name": "mix", "general_share": 0.1}]}, "given together or not at all"),
         ({"keep": [{"name": "mix", "icl_share": 0.0}]}, "nothing to mix in"),
+        (
+            {
+                "keep": [
+                    {
+                        "name": "mix",
+                        "icl_share": 0,
+                        "shots": 5,
+                        "general_share": 0.1,
+                        "general_data": "instructions",
+                    }
+                ]
+            },
+            "shots has no use with icl_share: 0",
+        ),
         ({"keep": [{"name": "mix", "icl_from": "data", "tasks": "x"}]}, "`tasks` has no use with"),
         ({"batch_size": 16, "accumulate": 3}, "cannot be divided into accumulate = 3 parts"),
         ({"method": {"name": "lora", "rank": 0}}, "greater than 0"),

@@ -275,13 +275,11 @@ def test_progress_is_told_of_every_step(fresh_pico: Build):
         ({"keep": (Mix(),)}, "the mix term has no anchor tasks"),
         ({"max_length": 100_000}, "max_length 100000 is more than the context"),
         ({"report_to": ("no-such-tracker",)}, "report_to .*no-such-tracker.* is not supported"),
-        ({"keep": (Mix(icl_share=0.4),), "batch_size": 1}, "leaves no room for the target"),
     ],
 )
 def test_what_does_not_fit_is_refused(settings: dict[str, Any], message: str, fresh_pico: Build):
-    anchors = [ANCHOR] if "batch_size" in settings else []
     with pytest.raises(ConfigError, match=message):
-        train(recipe(**settings), fresh_pico("llama"), EXAMPLES, None, anchors=anchors)
+        train(recipe(**settings), fresh_pico("llama"), EXAMPLES, None)
 
 
 def test_too_few_anchor_examples_for_a_mix(fresh_pico: Build):

@@ -8,9 +8,9 @@ Knows nothing of methods and losses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, assert_never
+from typing import Any, Literal, assert_never
 
 import numpy as np
 
@@ -20,7 +20,6 @@ from keepshot.prompts import Example, Template
 from keepshot.tasks.source import Message, MessagesRow, PromptRow, Row, TextRow
 from keepshot.tuning.batch import Sample
 
-T = TypeVar("T")
 LongRows = Literal["error", "drop", "cut"]
 
 
@@ -194,18 +193,43 @@ def encode_window(
     return encode_few_shot(model, template, window[:-1], window[-1])
 
 
-def hold_out(rows: Sequence[T], *, share: float, seed: int) -> tuple[list[T], list[T]]:
+def hold_out(rows: Sequence[Row], *, share: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Split rows into those to train on and at least one held out, both in their old order.
+
+    Rows that ask the same thing stay together, unless all do.
 
     Raises:
         TaskError: if there are fewer than two rows.
     """
     if len(rows) < 2:
         raise TaskError(f"{len(rows)} row is too few to tune on and keep one for validation")
+    alike: dict[Hashable, list[int]] = {}
+    for index, row in enumerate(rows):
+        alike.setdefault(_question(row), []).append(index)
+    groups = list(alike.values()) if len(alike) > 1 else [[index] for index in range(len(rows))]
     count = max(1, round(share * len(rows)))
-    held = set(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
+    held: set[int] = set()
+    for place in np.random.default_rng(seed).permutation(len(groups)):
+        if len(held) + len(groups[place]) <= count:
+            held.update(groups[place])
+    held = held or set(min(groups, key=len))
     train = [row for index, row in enumerate(rows) if index not in held]
     return train, [row for index, row in enumerate(rows) if index in held]
+
+
+def _question(row: Row) -> Hashable:
+    """Return what a row asks, up to case and outer spaces."""
+    match row:
+        case Example():
+            return row.input.strip().casefold()
+        case PromptRow():
+            return row.prompt.strip().casefold()
+        case MessagesRow():
+            return tuple(message.content.strip().casefold() for message in row.messages[:-1])
+        case TextRow():
+            return row.text.strip().casefold()
+        case _:
+            assert_never(row)
 
 
 def _opening(row: Row) -> str:

@@ -91,7 +91,29 @@ class Mix(Spec):
             raise ValueError("`tasks` has no use with icl_from: data; leave one of them out")
         if (self.general_share > 0.0) != (self.general_data is not None):
             raise ValueError("general_share and general_data are given together or not at all")
+        if self.icl_share == 0.0:
+            self._check_unused()
         return self
+
+    def _check_unused(self) -> None:
+        fields = type(self).model_fields
+        of_prompts = ("icl_from", "shots", "learned", "labels", "tasks")
+        unused = [name for name in of_prompts if getattr(self, name) != fields[name].default]
+        if unused:
+            raise ValueError(
+                f"{', '.join(unused)} has no use with icl_share: 0; leave it out"
+            )
+
+    def counts(self, batch_size: int) -> tuple[int, int]:
+        """Return how many samples of a batch are few-shot prompts, and general data.
+
+        At least one of each that has a share.
+        """
+        few_shot, general = (
+            max(1, round(share * batch_size)) if share > 0.0 else 0
+            for share in (self.icl_share, self.general_share)
+        )
+        return few_shot, general
 
 
 class FewShot(Spec):

@@ -83,29 +83,22 @@ def mix(
         general: general data.
 
     Raises:
-        ConfigError: if the batch is too small for all that shall be in it, or `data_shares` are
-            not as many as the data sets.
+        ConfigError: if `data_shares` are not as many as the data sets.
     """
     term = find_term(recipe.keep, Mix)
+    num_few_shot, num_general = term.counts(recipe.batch_size) if term else (0, 0)
     sources: list[Source] = []
     tree: list[Branch] = []
     if term is not None and few_shot:
-        count = _count(term.icl_share, recipe)
         merged = tuple(sample for _, samples in few_shot for sample in samples)
-        sources.append(Source(merged, count))
-        parts = _parts(few_shot, count)
-        tree.append(branch(f"few-shot prompts ({term.shots} shots)", merged, count, parts))
+        sources.append(Source(merged, num_few_shot))
+        parts = _parts(few_shot, num_few_shot)
+        name = f"few-shot prompts ({term.shots} shots)"
+        tree.append(branch(name, merged, num_few_shot, parts))
     if term is not None and general:
-        count = _count(term.general_share, recipe)
-        sources.append(Source(tuple(general), count))
-        tree.append(branch(f"general: {term.general_data}", general, count))
+        sources.append(Source(tuple(general), num_general))
+        tree.append(branch(f"general: {term.general_data}", general, num_general))
     left = recipe.batch_size - sum(source.count for source in sources)
-    least = 1 if recipe.data_shares is None else len(target)
-    if left < least:
-        raise ConfigError(
-            f"batch_size {recipe.batch_size} leaves no room for the target beside the mix term; "
-            "raise it or lower the shares"
-        )
     whole = tuple(sample for _, samples in target for sample in samples)
     dealt = _dealt(recipe, target, whole, left)
     parts = _parts(target, left)
@@ -130,10 +123,6 @@ def check_shares(recipe: Recipe, names: Sequence[str]) -> None:
             f"data_shares has {len(shares)} shares for {len(names)} data sets "
             f"({', '.join(names)}); give one for each"
         )
-
-
-def _count(share: float, recipe: Recipe) -> int:
-    return max(1, round(share * recipe.batch_size))
 
 
 def _dealt(

@@ -12,7 +12,18 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from keepshot.specs import Spec, is_none
-from keepshot.tuning.keep import EWC, KL, L2SP, SelfDistil, Term, TokenMask, check_terms, parse_keep
+from keepshot.tuning.keep import (
+    EWC,
+    KL,
+    L2SP,
+    Mix,
+    SelfDistil,
+    Term,
+    TokenMask,
+    check_terms,
+    find_term,
+    parse_keep,
+)
 from keepshot.tuning.method_specs import (
     LoRA,
     Method,
@@ -122,6 +133,7 @@ class Recipe(Spec):
                 "model as it is, and other tasks do not see the prompt; leave the terms out"
             )
         self._check_fsdp()
+        self._check_room()
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size {self.batch_size} cannot be divided into accumulate = "
@@ -132,6 +144,18 @@ class Recipe(Spec):
                 f"data_shares {list(self.data_shares)} add up to {sum(self.data_shares):g}, not 1"
             )
         return self
+
+    def _check_room(self) -> None:
+        """Refuse a mix that leaves nothing of a batch to some of the data."""
+        term = find_term(self.keep, Mix)
+        taken = sum(term.counts(self.batch_size)) if term else 0
+        left, least = self.batch_size - taken, len(self.data_shares or (1.0,))
+        if left < least:
+            what = "the target" if least == 1 else f"{least} data sets"
+            beside = f" beside {taken} samples of the mix term" if taken else ""
+            raise ValueError(
+                f"batch_size {self.batch_size} leaves no room for {what}{beside}; raise it"
+            )
 
     def _check_fsdp(self) -> None:
         """Refuse what reads or holds single weights while they are divided among processes."""

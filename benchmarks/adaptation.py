@@ -1,0 +1,244 @@
+"""The path between untuned and tuned beside tuning less, from the study that compares them.
+
+    keepshot study studies/partial_adaptation.yaml --accept-licence gemma
+    python benchmarks/adaptation.py runs/partial-adaptation
+
+For each model: every path (one recipe on one target) point by point; the lambda of the best
+few-shot score on validation items, and what it gains over both ends on test items; each way of
+tuning less beside the point of the full path at which the target score is the same, found by
+straight lines between the points; few-shot ability kept by kind of task. All of test items but what
+is chosen, with 95 % intervals of a bootstrap over items, in which all arms, of all seeds of tuning,
+have the same items.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from keepshot import stats
+from keepshot.study.frame import matrix
+from keepshot.tasks.catalog import CATALOG
+
+SEED = 0
+SPLITS = ("validation", "test")
+FULL = "full"
+
+
+class Arms:
+    """Target and few-shot scores of one model's arms on one target, under the same resamples.
+
+    An arm is (recipe, lambda, seed of tuning); the untuned model is (None, 0, None).
+    """
+
+    def __init__(self, rows: pd.DataFrame, base: pd.DataFrame, target: str, split: str):
+        self.num_items = {"target": 0, "few-shot": 0}
+        rows, base = rows[rows["split"] == split], base[base["split"] == split]
+        frames = {(None, 0.0, None): base}
+        lams = rows["lam"].fillna(1.0)
+        for key, own in rows.groupby([rows["recipe"], lams, rows["tuning_seed"]], sort=False):
+            frames[str(key[0]), float(key[1]), int(key[2])] = own
+        tasks = sorted(set(base["task"][base["shots"] > 0]) - {target})
+        targets = [self._answers(own, target, 0) for own in frames.values()]
+        few = [[self._answers(own, task, 4) for task in tasks] for own in frames.values()]
+        self.num_items = {"target": targets[0].size, "few-shot": sum(m.size for m in few[0])}
+        chance = base[base["task"].isin(tasks)].groupby("task")["chance"].mean()
+        self.chance = {task: float(chance[task]) for task in tasks}
+        resampled = stats.resampled_means(targets, np.random.default_rng(SEED))
+        self.target = {
+            arm: (float(own.mean()), values)
+            for arm, own, values in zip(frames, targets, resampled, strict=True)
+        }
+        generator = np.random.default_rng(SEED)
+        self.by_task = {
+            task: dict(zip(
+                frames,
+                stats.resampled_over_tasks([[arm[place]] for arm in few], generator),
+                strict=True,
+            ))
+            for place, task in enumerate(tasks)
+        }  # fmt: skip
+        failing = {arm: own[own["task"].isin(tasks)] for arm, own in frames.items()}
+        self.leakage = {arm: float(own["label_leakage"].mean()) for arm, own in failing.items()}
+
+    @staticmethod
+    def _answers(rows: pd.DataFrame, task: str, shots: int) -> np.ndarray:
+        asked = rows[(rows["task"] == task) & (rows["shots"] == shots)]
+        return matrix(asked.drop_duplicates(["seed", "item"]) if shots else
+                      asked.drop_duplicates(["item"]))  # fmt: skip
+
+    def few_shot(self, arm: tuple, tasks: list[str] | None = None) -> stats.Resampled:
+        """Return the mean score over tasks."""
+        parts = [self.by_task[task][arm] for task in tasks or self.by_task]
+        return float(np.mean([p[0] for p in parts])), np.mean([p[1] for p in parts], axis=0)
+
+    def kept(self, arm: tuple, tasks: list[str] | None = None) -> stats.Resampled:
+        """Return the share of the untuned model's score above chance."""
+        chance = float(np.mean([self.chance[task] for task in tasks or self.chance]))
+        own, before = self.few_shot(arm, tasks), self.few_shot((None, 0.0, None), tasks)
+        found = stats.kept(own, before, chance)
+        return found if found is not None else (float("nan"), np.full(stats.NUM_RESAMPLES, np.nan))
+
+    def path(self, recipe: str, seed: int) -> list[tuple]:
+        """Return the arms from untuned to tuned."""
+        lams = sorted(arm[1] for arm in self.target if arm[0] == recipe and arm[2] == seed)
+        return [(None, 0.0, None), *((recipe, lam, seed) for lam in lams)]
+
+    def at_target(self, path: list[tuple], wanted: stats.Resampled) -> stats.Resampled:
+        """Return few-shot ability kept where the path first has the target score wanted.
+
+        Where it never has, that of its last point.
+        """
+        targets = [self.target[arm] for arm in path]
+        kept = [self.kept(arm) for arm in path]
+        value = float(_crossing([[t[0]] for t in targets], [[k[0]] for k in kept], [wanted[0]])[0])
+        return value, _crossing([t[1] for t in targets], [k[1] for k in kept], wanted[1])
+
+    def seeds(self, recipe: str) -> list[int]:
+        """Return the seeds under which a recipe was tuned."""
+        return sorted({arm[2] for arm in self.target if arm[0] == recipe})
+
+
+def _crossing(targets: list, kept: list, wanted) -> np.ndarray:
+    """Return `kept` where `targets` [points, resamples] first reach `wanted` [resamples]."""
+    targets, kept, wanted = np.array(targets), np.array(kept), np.array(wanted)
+    found, open_ = kept[-1].copy(), np.ones(len(wanted), dtype=bool)
+    for place in range(len(targets)):
+        here = open_ & (targets[place] >= wanted)
+        if place == 0:
+            found[here] = kept[0][here]
+        else:
+            rise = targets[place] - targets[place - 1]
+            share = (wanted - targets[place - 1]) / np.where(rise > 0, rise, 1.0)
+            between = kept[place - 1] + share * (kept[place] - kept[place - 1])
+            found[here] = between[here]
+        open_ &= ~here
+    return found
+
+
+def mean(parts: list[stats.Resampled]) -> stats.Resampled:
+    return float(np.mean([p[0] for p in parts])), np.mean([p[1] for p in parts], axis=0)
+
+
+def minus(one: stats.Resampled, two: stats.Resampled) -> stats.Resampled:
+    return one[0] - two[0], one[1] - two[1]
+
+
+def words(found: stats.Resampled, sign: str = "") -> str:
+    own = stats.percentiles(*found)
+    return f"{own.value:{sign}.2f} [{own.low:{sign}.2f}, {own.high:{sign}.2f}]"
+
+
+def table(heads: list[str], rows: list[list[str]]) -> None:
+    print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
+
+
+def paths(found: dict[str, dict[str, Arms]]) -> None:
+    rows = []
+    for target, arms in found.items():
+        test = arms["test"]
+        for recipe in sorted({arm[0] for arm in test.target if arm[0] and 0 < arm[1] < 1}):
+            seeds = test.seeds(recipe)
+            for place, (_, lam, _) in enumerate(test.path(recipe, seeds[0])):
+                points = [test.path(recipe, seed)[place] for seed in seeds]
+                rows.append([
+                    target, recipe, f"{lam:g}",
+                    words(mean([test.target[p] for p in points])),
+                    words(mean([test.kept(p) for p in points])),
+                    f"{np.mean([test.leakage[p] for p in points]):.2f}",
+                ])  # fmt: skip
+    table(["target", "path", "lambda", "target score", "kept", "leakage"], rows)
+
+
+def best_points(found: dict[str, dict[str, Arms]]) -> None:
+    rows, gains = [], {}
+    for target, arms in found.items():
+        choose, test = (arms[split] for split in SPLITS)
+        for recipe in sorted({arm[0] for arm in test.target if arm[0] and 0 < arm[1] < 1}):
+            for seed in test.seeds(recipe):
+                path = choose.path(recipe, seed)
+                best = max(path, key=lambda arm: choose.few_shot(arm)[0])
+                over = [minus(test.kept(best), test.kept(end)) for end in (path[0], path[-1])]
+                for name, gain in zip(("untuned", "tuned"), over, strict=True):
+                    gains.setdefault((recipe, name), []).append(gain)
+                rows.append([
+                    target, recipe, str(seed), f"{best[1]:g}", words(test.kept(best)),
+                    *(words(gain, "+") for gain in over), words(test.target[best]),
+                ])  # fmt: skip
+    heads = ["path", "seed", "lambda", "kept", "above untuned", "above tuned", "target score"]
+    table(["target", *heads], rows)
+    for (recipe, name), parts in gains.items():
+        print(f"{recipe}, above {name}: mean of {len(parts)} paths {words(mean(parts), '+')}")
+
+
+def rivals(found: dict[str, dict[str, Arms]]) -> None:
+    rows, totals = [], {}
+    for target, arms in found.items():
+        test = arms["test"]
+        others = dict.fromkeys((a[0], a[1]) for a in test.target if a[0] not in (None, FULL))
+        for recipe, lam in others:
+            seeds = [seed for seed in test.seeds(recipe) if seed in test.seeds(FULL)]
+            own = [(recipe, lam, seed) for seed in seeds]
+            blends = [
+                test.at_target(test.path(FULL, seed), test.target[arm])
+                for seed, arm in zip(seeds, own, strict=True)
+            ]
+            kept = [test.kept(arm) for arm in own]
+            apart = mean([minus(a, b) for a, b in zip(blends, kept, strict=True)])
+            totals.setdefault((recipe, lam), []).append(apart)
+            rows.append([
+                target, recipe if lam == 1 else f"{recipe}, lambda {lam:g}",
+                words(mean([test.target[arm] for arm in own])), words(mean(kept)),
+                words(mean(blends)), words(apart, "+"),
+            ])  # fmt: skip
+    table(["target", "tuning less", "target score", "kept", "blend's", "blend minus it"], rows)
+    for (recipe, lam), parts in totals.items():
+        print(f"{recipe} {lam:g}: mean of {len(parts)} targets {words(mean(parts), '+')}")
+
+
+def kinds(found: dict[str, dict[str, Arms]]) -> None:
+    first = next(iter(found.values()))["test"]
+    groups: dict[str, list[str]] = {}
+    for task in first.by_task:
+        groups.setdefault(CATALOG[task].domain, []).append(task)
+    rows = []
+    for name, tasks in groups.items():
+        cells = []
+        lams = [lam for _, lam, _ in first.path(FULL, first.seeds(FULL)[0])][1:]
+        for lam in lams:
+            parts = [
+                arms["test"].kept((FULL, lam, seed), tasks)
+                for target, arms in found.items() for seed in arms["test"].seeds(FULL)
+            ]  # fmt: skip
+            cells.append(words(mean(parts)))
+        rows.append([f"{name} ({', '.join(tasks)})", *cells])
+    table(["kind", *(f"lambda {lam:g}" for lam in lams)], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("directory", type=Path)
+    frame = pd.read_parquet(parser.parse_args().directory / "frame.parquet")
+    for model, rows in frame.groupby("model", sort=False):
+        base = rows[rows["stage"] == "base"]
+        found = {
+            str(target): {split: Arms(near, base, str(target), split) for split in SPLITS}
+            for target, near in rows[rows["stage"] != "base"].groupby("target", sort=False)
+        }
+        sizes = next(iter(found.values()))["test"].num_items
+        print(
+            f"\n{model}: test items, n = {sizes['target']} (target), {sizes['few-shot']} (few-shot)"
+        )
+        paths(found)
+        best_points(found)
+        rivals(found)
+        kinds(found)
+
+
+if __name__ == "__main__":
+    main()
