@@ -1,7 +1,7 @@
 """The path between untuned and tuned beside tuning less, from the study that compares them.
 
     keepshot study studies/partial_adaptation.yaml --accept-licence gemma
-    python benchmarks/adaptation.py runs/partial-adaptation
+    python benchmarks/adaptation.py runs/partial-adaptation   # or files of frames.py
 
 For each model: every path (one recipe on one target) point by point; the lambda of the best
 few-shot score on validation items, and what it gains over both ends on test items; each way of
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from frames import read
 
 from keepshot import stats
 from keepshot.study.frame import matrix
@@ -26,6 +27,14 @@ from keepshot.tasks.catalog import CATALOG
 SEED = 0
 SPLITS = ("validation", "test")
 FULL = "full"
+KINDS = {
+    "knowledge": ("knowledge",),
+    "language": ("translation", "morphology"),
+    "labels": ("topic", "feeling"),
+    "numbers": ("arithmetic", "numerals"),
+    "read off the prompt": ("extraction", "position", "format"),
+}
+"""Domains of the study's tasks."""
 
 
 class Arms:
@@ -202,28 +211,24 @@ def rivals(found: dict[str, dict[str, Arms]]) -> None:
 
 
 def kinds(found: dict[str, dict[str, Arms]]) -> None:
-    first = next(iter(found.values()))["test"]
-    groups: dict[str, list[str]] = {}
-    for task in first.by_task:
-        groups.setdefault(CATALOG[task].domain, []).append(task)
+    tests = [arms["test"] for arms in found.values()]
+    asked = set.intersection(*(set(test.by_task) for test in tests))
+    path = tests[0].path(FULL, tests[0].seeds(FULL)[0])[1:]
     rows = []
-    for name, tasks in groups.items():
-        cells = []
-        lams = [lam for _, lam, _ in first.path(FULL, first.seeds(FULL)[0])][1:]
-        for lam in lams:
-            parts = [
-                arms["test"].kept((FULL, lam, seed), tasks)
-                for target, arms in found.items() for seed in arms["test"].seeds(FULL)
-            ]  # fmt: skip
-            cells.append(words(mean(parts)))
+    for name, domains in KINDS.items():
+        tasks = sorted(task for task in asked if CATALOG[task].domain in domains)
+        cells = [
+            words(mean([t.kept((FULL, lam, seed), tasks) for t in tests for seed in t.seeds(FULL)]))
+            for _, lam, _ in path
+        ]
         rows.append([f"{name} ({', '.join(tasks)})", *cells])
-    table(["kind", *(f"lambda {lam:g}" for lam in lams)], rows)
+    table(["kind", *(f"lambda {lam:g}" for _, lam, _ in path)], rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("directory", type=Path)
-    frame = pd.read_parquet(parser.parse_args().directory / "frame.parquet")
+    parser.add_argument("places", type=Path, nargs="+", help="run directories, or files of rows")
+    frame = read(parser.parse_args().places)
     for model, rows in frame.groupby("model", sort=False):
         base = rows[rows["stage"] == "base"]
         found = {

@@ -1,7 +1,7 @@
 """The default beside plain full tuning, from the study that compares them.
 
     keepshot study studies/keep-auto.yaml --out runs/keep-auto --accept-licence gemma
-    python benchmarks/keeping.py runs/keep-auto
+    python benchmarks/keeping.py runs/keep-auto   # or files of frames.py
 
 For each model: every target with the default (`auto`), plain full tuning at the rate that was best
 on validation items of the target, and the gentlest rate whose validation score is within .02 of
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from frames import read
 
 from keepshot import stats
 from keepshot.study.frame import matrix
@@ -110,8 +111,8 @@ def report(model: str, rows: pd.DataFrame) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("directory", type=Path)
-    frame = pd.read_parquet(parser.parse_args().directory / "frame.parquet")
+    parser.add_argument("places", type=Path, nargs="+", help="run directories, or files of rows")
+    frame = read(parser.parse_args().places)
     for model, rows in frame.groupby("model", sort=False):
         report(str(model), rows)
 
