@@ -85,6 +85,7 @@ def document(tasks: Mapping[str, Task], scores: Scores, models: Sequence[str]) -
         "Suite `core` (a part of `full`)": SUITES["core"],
         "Further tasks of suite `full`": [n for n in SUITES["full"] if n not in SUITES["core"]],
         "Suite `anchors`": SUITES["anchors"],
+        "Suite `guard`": SUITES["guard"],
         "The demo's target": [
             name
             for name, entry in CATALOG.items()
@@ -144,7 +145,8 @@ standard error is about .05 to .1 for a task. No test item was read. Written by
 
 A task is in a suite if SmolLM2 scores from .15 to .95 at 4 shots (exact), or if one of the models
 is clearly above chance at 4 shots (choice). The anchors, from which the keep term draws its
-prompts, share neither words nor kind of rule with a suite; `support` is what the demo tunes on.
+prompts, share neither words nor kind of rule with a suite; suite `guard`, which is asked while a
+model trains, shares no kind of rule with either. `support` is what the demo tunes on.
 `instructions` and `instructions-homogeneous` are general data to tune on (docs/guide/keeping.md).
 """
 

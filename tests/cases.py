@@ -52,4 +52,5 @@ TASKS = [
     "instructions", "instructions-homogeneous", "request-letters", "worked-sums", "compositions",
     *SUITES["composed"],
     "upper-case", "repeat-words", "title-case", "drop-vowels", "spell-out", "link-words",
+    "add-article", "exchange", "initials", "negate", "ask-back",
 ]  # fmt: skip

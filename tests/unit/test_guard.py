@@ -239,7 +239,7 @@ def test_after_a_resume_the_reference_is_the_model_as_resumed(
 
 def test_the_default_probe_needs_no_download():
     tasks = named_tasks(PROBE)
-    assert len(tasks) == 6
+    assert len(tasks) == 5
     assert all(len(task.validation) >= 16 for task in tasks)
 
 

@@ -34,7 +34,7 @@ from keepshot.tuning.data import hold_out
 from keepshot.tuning.keep import OWN, Mix, anchor_names, find_term
 from keepshot.tuning.live import named_tasks
 from keepshot.tuning.mixture import check_shares, lines
-from keepshot.tuning.recipe import GUARD_TASKS, Recipe
+from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.record import TuneRecord
 from keepshot.tuning.sharding import sharded
 from keepshot.tuning.tokenised import Extra, learned_rows
@@ -139,18 +139,16 @@ def anchor_tasks(recipe: Recipe, store: AssetStore) -> list[Task]:
     """Return the tasks from which the recipe's keep terms draw their few-shot prompts.
 
     Raises:
-        ConfigError: if tasks were named for the guard of `auto` that are in these prompts.
+        ConfigError: if these prompts hold questions of the tasks that the guard of `auto` asks.
         TaskError, AssetError: if a task of either is unknown or cannot be had.
     """
     names = anchor_names(recipe.keep)
     anchors = resolve_tasks([names], store) if names and names != OWN else []
     if recipe.auto is not None:
-        asked = named_tasks(recipe.auto.guard_tasks)
-        # The usual ones are anchors too, where terms beside `auto` draw from all of these.
-        if recipe.auto.guard_tasks != GUARD_TASKS:
-            check_apart(
-                asked, {f"anchor task {task.name!r}": examples_of(task) for task in anchors}
-            )
+        check_apart(
+            named_tasks(recipe.auto.guard_tasks),
+            {f"anchor task {task.name!r}": examples_of(task) for task in anchors},
+        )
     return anchors
 
 

@@ -6,13 +6,13 @@ Reading the table costs nothing; examples are built, and assets fetched, by `loa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from keepshot.errors import TaskError, unknown
 from keepshot.prompts import Example
-from keepshot.tasks import composed, lexical, procedural, sentences, surface, targets
+from keepshot.tasks import composed, lexical, procedural, sentences, surface, targets, watched
 from keepshot.tasks.lexical import AssetSource
 from keepshot.tasks.pairs import cuts
 from keepshot.tasks.source import SUFFIXES, read_examples_file
@@ -26,7 +26,7 @@ NUM_VALIDATION = 100
 NUM_TEST = 150
 
 Builder: TypeAlias = "Callable[[AssetSource, Generator], Sequence[Example]]"
-Role = Literal["suite", "anchor", "target"]
+Role = Literal["suite", "anchor", "guard", "target"]
 Sizes = tuple[int, int, int]
 
 
@@ -83,6 +83,10 @@ def _anchor(rule: str, description: str, maker: procedural.Maker) -> TaskEntry:
     return TaskEntry(
         "exact", domain, rule, description, source, "Apache-2.0", _made(maker), role="anchor"
     )
+
+
+def _guard(rule: str, description: str, maker: procedural.Maker) -> TaskEntry:
+    return replace(_code("exact", "rewriting", rule, description, maker), role="guard")
 
 
 def _instructions(description: str, maker: procedural.Maker) -> TaskEntry:
@@ -244,6 +248,11 @@ CATALOG: dict[str, TaskEntry] = {
     "drop-vowels": _anchor("letter deletion", "a word -> its consonants", surface.drop_vowels),
     "spell-out": _anchor("spelling", "a word -> its letters", surface.spell_out),
     "link-words": _anchor("conjunction", "two words -> joined by and", surface.link_words),
+    "add-article": _guard("article", "a thing -> with a or an", watched.add_article),
+    "exchange": _guard("exchange", "two things -> the other way round", watched.exchange),
+    "initials": _guard("abbreviation", "a name -> its initials", watched.initials),
+    "negate": _guard("negation", "a sentence -> denied", watched.negate),
+    "ask-back": _guard("question", "a sentence -> as a question", watched.ask_back),
 }  # fmt: skip
 
 CORE = (
@@ -261,6 +270,7 @@ SUITES: dict[str, tuple[str, ...]] = {
     ),
     "composed": tuple(rule.name for rule in composed.measured_rules()),
     "anchors": tuple(name for name, entry in CATALOG.items() if entry.role == "anchor"),
+    "guard": tuple(name for name, entry in CATALOG.items() if entry.role == "guard"),
 }  # fmt: skip
 TUNABLE: tuple[str, ...] = (
     *(name for name, entry in CATALOG.items() if entry.role == "target"),

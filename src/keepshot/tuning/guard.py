@@ -31,8 +31,9 @@ from keepshot.tuning.live import evaluating, live_model, named_tasks, unwrapped
 
 logger = logging.getLogger(__name__)
 Action = Literal["warn", "stop", "rollback"]
-PROBE = "extract-town,number-name,last-item,reference-format,look-up,pick-colour"
-"""Tasks of six kinds, made by code; both embedded models can do them from four examples."""
+PROBE = "guard"
+"""Five ways to rewrite names and sentences, made by code, which are in no suite that is measured;
+both embedded models can do them from four examples."""
 
 
 @dataclass(frozen=True)

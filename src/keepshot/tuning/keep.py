@@ -100,9 +100,7 @@ class Mix(Spec):
         of_prompts = ("icl_from", "shots", "learned", "labels", "tasks")
         unused = [name for name in of_prompts if getattr(self, name) != fields[name].default]
         if unused:
-            raise ValueError(
-                f"{', '.join(unused)} has no use with icl_share: 0; leave it out"
-            )
+            raise ValueError(f"{', '.join(unused)} has no use with icl_share: 0; leave it out")
 
     def counts(self, batch_size: int) -> tuple[int, int]:
         """Return how many samples of a batch are few-shot prompts, and general data.

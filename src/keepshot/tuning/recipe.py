@@ -33,9 +33,6 @@ from keepshot.tuning.method_specs import (
 )
 from keepshot.tuning.samplegen import Samples, is_plain
 
-GUARD_TASKS = ("title-case", "link-words")
-"""Word tasks that a small model does from examples; the anchors of `auto` leave them out, and no
-suite has them, so that what is asked while training is neither trained on nor measured later."""
 AUTO_TERM = KL(
     tasks="upper-case,repeat-words,drop-vowels,spell-out",
     prompts_per_step=1, prompts=64, shots=(2, 5), top_k=64,
@@ -50,9 +47,9 @@ class Auto(Spec):
     """Steps of each short run of the search for a learning rate; none where the recipe has one."""
     least_steps: PositiveInt = 75
     """Steps of training at least, where `epochs` passes over the data are fewer."""
-    guard_tasks: tuple[str, ...] = GUARD_TASKS
-    """Tasks made by code that are asked while training, and that judge lambda."""
-    guard_items: PositiveInt = 32
+    guard_tasks: tuple[str, ...] = ("guard",)
+    """Tasks (or suites) made by code that are asked while training, and that judge lambda."""
+    guard_items: PositiveInt = 16
     """Questions of each of them, at 4 shots."""
     tolerance: float = Field(default=0.05, ge=0.0, lt=1.0)
     """Share of few-shot ability on them that may be lost before lambda is lowered."""
