@@ -2,6 +2,7 @@
 
     keepshot study studies/partial_adaptation.yaml --accept-licence gemma
     python benchmarks/adaptation.py runs/partial-adaptation   # or files of frames.py
+    python benchmarks/adaptation.py FILE --figure path.svg    # of the first model
 
 For each model: every path (one recipe on one target) point by point; the lambda of the best
 few-shot score on validation items, and what it gains over both ends on test items; each way of
@@ -16,17 +17,28 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import altair as alt
 import numpy as np
 import pandas as pd
 from frames import read
 
 from keepshot import stats
+from keepshot.report.styling import data, styled
+from keepshot.report.svg import render
 from keepshot.study.frame import matrix
 from keepshot.tasks.catalog import CATALOG
 
 SEED = 0
 SPLITS = ("validation", "test")
 FULL = "full"
+LOOKS = {
+    "full-small-rate": ("smaller rate", "#0072b2", False, "square"),
+    "full-early": ("fewer steps", "#e69f00", False, "diamond"),
+    "full": ("blend of full tuning", "#009e73", True, "circle"),
+    "lora": ("LoRA, scaled", "#cc79a7", True, "triangle-up"),
+}
+"""By how a recipe's name begins: words, colour, whether it is a path, shape."""
+FIGURE = "few-shot ability kept against target score: blends, smaller rates, fewer steps"
 KINDS = {
     "knowledge": ("knowledge",),
     "language": ("translation", "morphology"),
@@ -225,16 +237,70 @@ def kinds(found: dict[str, dict[str, Arms]]) -> None:
     table(["kind", *(f"lambda {lam:g}" for _, lam, _ in path)], rows)
 
 
+def figure(found: dict[str, dict[str, Arms]]) -> str:
+    """Return the paths and what tunes less, target by target, as SVG."""
+    panels = []
+    for target, arms in found.items():
+        test, rows = arms["test"], []
+        for name, (what, _, on_path, _) in LOOKS.items():
+            untuned = [(None, 0.0, seed) for seed in test.seeds(name)] if on_path else []
+            tuned = sorted((arm for arm in test.target if _looks(arm) == name), key=lambda a: a[1])
+            for recipe, lam, seed in [*untuned, *tuned]:
+                arm = (recipe, lam, seed if recipe else None)
+                rows.append({
+                    "what": what, "path": f"{name} {seed}", "lam": lam,
+                    "x": test.target[arm][0], "y": test.kept(arm)[0],
+                })  # fmt: skip
+        panels.append(_panel(target, rows, first=not panels))
+    return render(styled(alt.hconcat(*panels, spacing=22), "wide"), FIGURE)
+
+
+def _looks(arm: tuple) -> str | None:
+    """Return under which name an arm is drawn."""
+    return next((name for name in LOOKS if arm[0] and arm[0].startswith(name)), None)
+
+
+def _panel(target: str, rows: list[dict], *, first: bool) -> alt.LayerChart:
+    names = [look[0] for look in LOOKS.values()]
+    colour = alt.Color(
+        "what:N", scale=alt.Scale(domain=names, range=[look[1] for look in LOOKS.values()])
+    )
+    shape = alt.Shape(
+        "what:N", scale=alt.Scale(domain=names, range=[look[3] for look in LOOKS.values()])
+    )
+    x = alt.X(
+        "x:Q", title="target score", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(tickCount=5)
+    )
+    y = alt.Y(
+        "y:Q", title="few-shot ability kept" if first else None,
+        scale=alt.Scale(domain=[0, 1.2]), axis=alt.Axis(tickCount=6),
+    )  # fmt: skip
+    base = alt.Chart(data(rows)).encode(x=x, y=y, color=colour)
+    on_path = [look[0] for look in LOOKS.values() if look[2]]
+    lines = base.transform_filter(alt.FieldOneOfPredicate("what", on_path)).mark_line(
+        strokeWidth=1.6
+    )
+    marks = base.mark_point(size=60, filled=True, opacity=1).encode(shape=shape)
+    return alt.layer(
+        lines.encode(detail="path:N", order="lam:Q"), marks, title=target
+    ).properties(width=215, height=220)  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("places", type=Path, nargs="+", help="run directories, or files of rows")
-    frame = read(parser.parse_args().places)
+    parser.add_argument("--figure", type=Path, help="SVG to write, in place of the tables")
+    given = parser.parse_args()
+    frame = read(given.places)
     for model, rows in frame.groupby("model", sort=False):
         base = rows[rows["stage"] == "base"]
         found = {
             str(target): {split: Arms(near, base, str(target), split) for split in SPLITS}
             for target, near in rows[rows["stage"] != "base"].groupby("target", sort=False)
         }
+        if given.figure:
+            given.figure.write_text(figure(found), encoding="utf-8")
+            return
         sizes = next(iter(found.values()))["test"].num_items
         print(
             f"\n{model}: test items, n = {sizes['target']} (target), {sizes['few-shot']} (few-shot)"

@@ -115,6 +115,39 @@ def test_short_runs_leave_no_trace(method: Any, known: str, fresh_pico: Build):
     assert untimed(tune(again, known, method=method).auto) == untimed(found.auto)
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["one data set", "two"])
+def test_rows_that_judged_the_rate_are_learned_afterwards(
+    several: bool, known: str, fresh_pico: Build
+):
+    """Short runs are as if they were held out, training is as if nothing had been."""
+    rows, held = EXAMPLES[4:], EXAMPLES[:4]
+    auto = Auto(trial_steps=3, guard_tasks=(known,))
+    extra, together, whole = Extra(), [*rows, *held], Extra()
+    if several:
+        extra = Extra(origins=[("a", 4), ("b", 3)], held_out_origins=[("a", 3), ("b", 1)])
+        together = [*rows[:4], *held[:3], *rows[4:], *held[3:]]
+        whole = Extra(origins=[("a", 7), ("b", 4)])
+
+    def run(extra: Extra, rows: list[Example], held: list[Example], **settings: Any):
+        fixed = {"data": "x", "batch_size": 6, "keep": (TERM,), "steps": 6, "method": LoRA(rank=2)}
+        recipe, model = Recipe(**{**fixed, **settings}), fresh_pico("llama")
+        record = train(recipe, model, rows, None, anchors=[ANCHOR], validation=held, extra=extra)
+        return record, weights(model)
+
+    learning = dataclasses.replace(extra, learn_held_out=True)
+    learned, tensors = run(learning, rows, held, auto=auto)
+    apart, _ = run(extra, rows, held, auto=auto)
+    assert learned.auto is not None
+    assert apart.auto is not None
+    assert learned.auto.trials == apart.auto.trials != ()
+    assert (learned.num_rows, apart.num_rows) == (11, 7)
+    assert (learned.num_validation, learned.validation_loss) == (4, None)
+    plain, others = run(whole, together, [], learning_rate=learned.learning_rate)
+    assert learned.losses == plain.losses
+    assert learned.data_fingerprint == plain.data_fingerprint
+    assert equal(tensors, others)
+
+
 def test_the_search_goes_on_while_the_total_falls(known: str, fresh_pico: Build):
     record = tune(fresh_pico("llama"), known, method=Full())
     assert record.auto is not None

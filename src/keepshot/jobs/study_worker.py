@@ -159,7 +159,9 @@ class Worker:
         target = self._task(str(unit.subject.target))
         state_dir = self.directory.model(f".{unit.id}.state")
         general = general_rows(recipe, self.store)
-        extra = Extra(template=target.template, general=general, state_dir=state_dir)
+        extra = Extra(
+            template=target.template, general=general, learn_held_out=True, state_dir=state_dir
+        )  # fmt: skip
         return recipe, target, anchor_tasks(recipe, self.store), extra
 
     def _make(self, unit: Unit) -> Outcome:

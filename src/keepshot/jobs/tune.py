@@ -83,6 +83,7 @@ def tune(
         general=general_rows(recipe, store),
         origins=[(part.name, len(part.rows)) for part in data],
         held_out_origins=[(part.name, len(part.validation)) for part in data],
+        learn_held_out=True,
         state_dir=state_dir,
     )
     progress.stage(f"loading {recipe.model}")
@@ -199,11 +200,11 @@ def _data(name: str, seed: int, store: AssetStore) -> _Data:
 
 def _words(record: TuneRecord) -> str:
     last = record.losses[-1]["loss"]
-    held_out = (
-        ""
-        if record.validation_loss is None
-        else f", {record.validation_loss:.3f} on {record.num_validation} held-out rows"
-    )
+    held_out = ""
+    if record.validation_loss is not None:
+        held_out = f", {record.validation_loss:.3f} on {record.num_validation} held-out rows"
+    elif record.num_validation:
+        held_out = f"; {record.num_validation} of the rows judged the short runs first"
     return (
         f"{record.method} on {record.num_rows} rows, {record.steps} steps at "
         f"{record.learning_rate:g}, {record.num_trainable:,} parameters trained: "

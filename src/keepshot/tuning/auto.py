@@ -62,7 +62,7 @@ def run_auto(
         asked: the recipe as it was given.
         work: the same with defaults filled in.
         model: the untuned model, whose module trains.
-        held_out: rows of the target that are not trained on.
+        held_out: rows of the target that no short run trains on.
         progress: told of all of it.
 
     Raises:
@@ -85,7 +85,8 @@ def run_auto(
     elif prompted:
         why = "the method's default: short runs say nothing about a soft prompt"
     else:
-        rate, why, trials = remembered_rate(work, auto.trial_steps, target_loss, progress)
+        short = replace(work, sources=work.searched)
+        rate, why, trials = remembered_rate(short, auto.trial_steps, target_loss, progress)
     work = replace(work, recipe=work.recipe.model_copy(update={"learning_rate": rate}))
     guard = None if prompted else _guard(auto, work.recipe.steps or 1, model)
     start = None

@@ -49,7 +49,8 @@ class TuneRecord:
     losses: list[dict[str, float]] = field(default_factory=list)
     """One row a step: `step`, `loss`, and each of its parts before weighting."""
     validation_loss: float | None = None
-    """Next-token loss on the held-out rows after tuning; None if there are none."""
+    """Next-token loss on the held-out rows after tuning; None if there are none, or if they were
+    learned once a rate had been chosen on them."""
 
     def training_record(self, arm: str) -> TrainingRecord:
         """Return the part that goes into a results document."""

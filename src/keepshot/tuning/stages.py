@@ -42,6 +42,8 @@ class Work:
     module: Any
     sources: Sequence[Source]
     """The target's first, under their soft prompts if they have any; then what a term adds."""
+    searched: Sequence[Source]
+    """What the short runs that look for a rate train on: without the rows that judge them."""
     num_target: int
     """How many of the sources are the target's."""
     terms: Callable[[Prepared], Sequence[StepTerm]]

@@ -21,7 +21,7 @@ from keepshot.tasks.task import Task
 from keepshot.tuning.anchors import draw_prompts
 from keepshot.tuning.batch import Sample
 from keepshot.tuning.data import Encoded, encode_rows
-from keepshot.tuning.keep import EWC, KL, OWN, FewShot, Mix, anchor_names, find_term
+from keepshot.tuning.keep import EWC, KL, OWN, FewShot, Mix, SelfDistil, anchor_names, find_term
 from keepshot.tuning.method_specs import prompt_tokens
 from keepshot.tuning.mixture import (
     Branch,
@@ -50,6 +50,9 @@ class Extra:
     """Names of the data sets that the rows are from, and how many in turn; empty: one."""
     held_out_origins: Sequence[tuple[str, int]] = ()
     """The same of the held-out rows."""
+    learn_held_out: bool = False
+    """Learn the held-out rows too, once `auto` has chosen a rate on them; not where the untuned
+    model rewrites the answers that are learned."""
     state_dir: Path | None = None
     """Where resume states are kept while training and looked for at the start; deleted at the end.
     None keeps none."""
@@ -63,6 +66,8 @@ class Tokenised:
     held_out: Encoded | None
     """Under the soft prompts of their tasks, if these have any."""
     mixture: Mixture
+    searched: Mixture
+    """The same without the held-out rows, where the mixture has them."""
     prompts: Mapping[str, Sequence[Sample]]
     """Those of the terms that have their own, by the term's name."""
 
@@ -87,12 +92,8 @@ def tokenise(
     if anchor_names(recipe.keep) == OWN:
         anchors = write_tasks(model, recipe.seed)
     _check_writable(recipe, model, template)
-    learned = [
-        (name, learned_rows(recipe, rows, rows, template, name))
-        for name, rows in _by_origin(recipe, examples, extra.origins)
-    ]
-    parts = [(name, _encode(recipe, model, rows, template, name)) for name, rows in learned]
-    encoded = _joined([part for _, part in parts])
+    searched = _by_origin(recipe, examples, extra.origins)
+    named = _with_held_out(recipe, searched, validation, extra)
     held_out = None
     if validation:
         held = learned_rows(recipe, validation, examples, template, recipe.data)
@@ -104,18 +105,8 @@ def tokenise(
         held_out = _joined(
             [replace(part, samples=_prompted(model, part, name)) for name, part in asked]
         )
-    added = find_term(recipe.keep, Mix)
-    few_shot: list[tuple[str, list[Sample]]] = []
-    general: Sequence[Sample] = ()
-    if added is not None and added.icl_share > 0.0:
-        given = given_tasks(added, anchors, examples, template, recipe.data)
-        few_shot = few_shot_samples(model, added, given, max_length=limit, seed=recipe.seed)
-    if added is not None and added.general_share > 0.0:
-        if not extra.general:
-            raise ConfigError(f"mix: general_data {added.general_data!r} holds no rows")
-        source = str(added.general_data)
-        general = _encode(recipe, model, extra.general, template, source).samples
-    named = [(name, _prompted(model, part, name)) for name, part in parts]
+    encoded, mixture = _mixed(recipe, model, named, anchors, extra)
+    without = mixture if named == searched else _mixed(recipe, model, searched, anchors, extra)[1]
     prompts: dict[str, list[Sample]] = {}
     for term in recipe.keep:
         if isinstance(term, KL | EWC):
@@ -126,7 +117,47 @@ def tokenise(
             prompts[term.name] = auxiliary_samples(
                 model, term, examples, template, max_length=limit, seed=recipe.seed
             )
-    return Tokenised(encoded, held_out, mix(recipe, named, few_shot, general), prompts)
+    return Tokenised(encoded, held_out, mixture, without, prompts)
+
+
+def _with_held_out(
+    recipe: Recipe, named: list[tuple[str, Sequence[Row]]], validation: Sequence[Row], extra: Extra
+) -> list[tuple[str, Sequence[Row]]]:
+    """Return the rows of each data set, with those held out of it behind if they are learned."""
+    rewritten = find_term(recipe.keep, SelfDistil) is not None
+    if not (extra.learn_held_out and recipe.auto and validation) or rewritten:
+        return named
+    held = _by_origin(recipe, validation, extra.held_out_origins)
+    return [(name, [*rows, *own]) for (name, rows), (_, own) in zip(named, held, strict=True)]
+
+
+def _mixed(
+    recipe: Recipe,
+    model: LanguageModel,
+    named: Sequence[tuple[str, Sequence[Row]]],
+    anchors: Sequence[Task],
+    extra: Extra,
+) -> tuple[Encoded, Mixture]:
+    """Return the data sets' samples, and the sources of batches that are made of them."""
+    template, limit = extra.template, _limit(recipe, model)
+    parts: list[tuple[str, Encoded]] = []
+    for name, rows in named:
+        learned = learned_rows(recipe, rows, rows, template, name)
+        parts.append((name, _encode(recipe, model, learned, template, name)))
+    added = find_term(recipe.keep, Mix)
+    few_shot: list[tuple[str, list[Sample]]] = []
+    general: Sequence[Sample] = ()
+    if added is not None and added.icl_share > 0.0:
+        examples = [row for _, rows in named for row in rows]
+        given = given_tasks(added, anchors, examples, template, recipe.data)
+        few_shot = few_shot_samples(model, added, given, max_length=limit, seed=recipe.seed)
+    if added is not None and added.general_share > 0.0:
+        if not extra.general:
+            raise ConfigError(f"mix: general_data {added.general_data!r} holds no rows")
+        source = str(added.general_data)
+        general = _encode(recipe, model, extra.general, template, source).samples
+    target = [(name, _prompted(model, part, name)) for name, part in parts]
+    return _joined([part for _, part in parts]), mix(recipe, target, few_shot, general)
 
 
 def task_name(data: str) -> str:

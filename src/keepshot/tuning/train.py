@@ -27,6 +27,7 @@ from keepshot.tuning.keep import EWC, KL, L2SP, FewShot, Mix, SelfDistil, TokenM
 from keepshot.tuning.loop import StepTerm, check_trackers
 from keepshot.tuning.masking import Masked, mask_tokens
 from keepshot.tuning.methods import Prepared, export
+from keepshot.tuning.mixture import Mixture
 from keepshot.tuning.penalties import diagonal_fisher, few_shot_loss, pull_from_here
 from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.record import TuneRecord
@@ -60,7 +61,8 @@ def train(
         examples: what to learn.
         out_dir: where `model/` or `adapter/` and `tuning.json` are written; None writes nothing.
         anchors: tasks behind the keep terms' few-shot prompts.
-        validation: held-out rows on which the loss is measured after training.
+        validation: held-out rows on which `auto` chooses, and on which the loss is measured after
+            training, unless they are learned too.
         progress: told of every step.
         extra: what only some runs need.
 
@@ -84,13 +86,16 @@ def train(
     asked, recipe = recipe, recipe.resolved(len(encoded.samples))
     head: Any = model.module.get_output_embeddings()
     data = _fitting(recipe, data, head)
-    masked = _masked(recipe, model, data, head)
+    masked = _masked(recipe, model, data.mixture, head)
+    apart = data.searched is not data.mixture
+    searched = _masked(recipe, model, data.searched, head) if apart else masked
     terms = _before(recipe, model, data, head)
     # Gradients pass through a head that does not train, so its freezing by a method is harmless.
     work = Work(
         recipe,
         model.module,
         masked.sources,
+        searched.sources,
         data.mixture.num_target,
         lambda prepared: [*terms, *_after(recipe, prepared, data, head)],
         head,
@@ -128,7 +133,7 @@ def train(
         sources=source_tree(recipe, data),
         auto=decisions,
         losses=losses,
-        validation_loss=mean_loss(model, held_out.samples) if held_out else None,
+        validation_loss=mean_loss(model, held_out.samples) if held_out and not apart else None,
     )
     if out_dir is not None and losses:
         export(prepared, model, out_dir)
@@ -148,10 +153,10 @@ def _fitting(recipe: Recipe, data: Tokenised, head: Any) -> Tokenised:
     return dataclasses.replace(data, prompts={**data.prompts, term.name: kept})
 
 
-def _masked(recipe: Recipe, model: LanguageModel, data: Tokenised, head: Any) -> Masked:
+def _masked(recipe: Recipe, model: LanguageModel, mixture: Mixture, head: Any) -> Masked:
     """Return the sources of all batches, the target's masked if a term asks for it."""
     term = find_term(recipe.keep, TokenMask)
-    sources, count = data.mixture.sources, data.mixture.num_target
+    sources, count = mixture.sources, mixture.num_target
     if term is None:
         return Masked(sources, 0, 0)
     target = mask_tokens(model, sources[:count], term.threshold, head=head)
