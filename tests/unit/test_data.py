@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -161,7 +162,7 @@ def test_cut_rows_keep_what_is_left_of_their_answers(model: LanguageModel):
 
 
 def test_hold_out_is_seeded_and_keeps_every_row_once():
-    rows = [Example(f"question {number}", "answer") for number in range(40)]
+    rows: list[Row] = [Example(f"question {number}", "answer") for number in range(40)]
     train, held = hold_out(rows, share=0.1, seed=3)
     assert sorted(train + held, key=rows.index) == rows
     assert len(held) == 4
@@ -183,7 +184,7 @@ def test_hold_out_is_seeded_and_keeps_every_row_once():
     ],
     ids=["example", "prompt", "messages", "text"],
 )
-def test_hold_out_leaves_no_question_on_both_sides(ask):
+def test_hold_out_leaves_no_question_on_both_sides(ask: Callable[[str, str], Row]):
     wordings = ["{}", " {} ", "{}\n"]
     rows = [ask(wordings[n % 3].format("aB"[n % 2] + "c" * (n % 9)), "yes") for n in range(90)]
     for seed in range(20):
