@@ -343,10 +343,13 @@ def test_a_reduced_blend_that_was_killed_goes_on(
         patch.setattr("keepshot.blending.unfinished._tidy", lambda *_: True)
         assert status(*blend, *half) == 130
     assert (workplace / ".new.partial").exists()
+    (workplace / ".new.reduced").mkdir()
+    (workplace / ".new.reduced" / "model-00001-of-00002.safetensors").write_bytes(b"half of it")
     capsys.readouterr()
     assert status(*blend, "--set", "reduce=prune:0.25") == 2
     assert "changed since this blend was begun" in capsys.readouterr().err
     assert status(*blend, *half) == 0
+    assert [path.name for path in workplace.iterdir() if path.name.startswith(".new")] == []
 
 
 def test_gguf_is_blended_as_the_directories_it_was_made_of(

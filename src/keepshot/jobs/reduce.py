@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
@@ -49,8 +49,9 @@ def reduced(
     claim(out_dir, overwrite=overwrite)
     progress.stage(f"reducing the difference ({spec.reduce})")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}.") as name:
-        place = Path(name) / "reduced"
+    place = out_dir.parent / f".{out_dir.name}.reduced"
+    shutil.rmtree(place, ignore_errors=True)  # of a start that was killed
+    try:
         notes: tuple[str, ...] = ()
         match kind:
             case "lore":
@@ -67,6 +68,8 @@ def reduced(
                 assert_never(kind)
         _date(place, [spec.reduce, *_states(base), *_states(tuned)])
         yield place, notes
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _states(directory: Path) -> list[str]:
