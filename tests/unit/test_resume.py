@@ -118,7 +118,7 @@ def test_unfinished_work_says_which_settings_and_files_changed(
     monkeypatch.chdir(tmp_path)
     for name in ("a.jsonl", "b.csv", "c.jsonl"):
         Path(name).write_text(name, encoding="utf-8")
-    mix = Mix(general_share=0.1, general_data="c.jsonl")
+    mix = Mix(icl_share=0.0, general_share=0.1, general_data="c.jsonl")
     spec = TuneSpec(recipe=recipe(data="a.jsonl, b.csv", keep=(mix,)))
     assert example_files(spec) == {Path("a.jsonl"), Path("b.csv"), Path("c.jsonl")}
     Workspace(tmp_path / "out", spec).begin()

@@ -85,7 +85,7 @@ def run_auto(
     elif prompted:
         why = "the method's default: short runs say nothing about a soft prompt"
     else:
-        short = replace(work, sources=work.searched)
+        short = replace(work, sources=work.searched or work.sources)
         rate, why, trials = remembered_rate(short, auto.trial_steps, target_loss, progress)
     work = replace(work, recipe=work.recipe.model_copy(update={"learning_rate": rate}))
     guard = None if prompted else _guard(auto, work.recipe.steps or 1, model)

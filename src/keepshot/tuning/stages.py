@@ -42,8 +42,6 @@ class Work:
     module: Any
     sources: Sequence[Source]
     """The target's first, under their soft prompts if they have any; then what a term adds."""
-    searched: Sequence[Source]
-    """What the short runs that look for a rate train on: without the rows that judge them."""
     num_target: int
     """How many of the sources are the target's."""
     terms: Callable[[Prepared], Sequence[StepTerm]]
@@ -53,6 +51,9 @@ class Work:
     guard: ICLGuard | None = None
     """Watches the model while it trains in one stage."""
     tokenizer: Any = None
+    searched: Sequence[Source] | None = None
+    """What the short runs that look for a rate train on, where the sources hold rows that judge
+    them; None: the sources."""
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,7 @@ def tokenise(
     _check_writable(recipe, model, template)
     searched = _by_origin(recipe, examples, extra.origins)
     named = _with_held_out(recipe, searched, validation, extra)
+    encoded, mixture = _mixed(recipe, model, named, anchors, extra)
     held_out = None
     if validation:
         held = learned_rows(recipe, validation, examples, template, recipe.data)
@@ -105,7 +106,6 @@ def tokenise(
         held_out = _joined(
             [replace(part, samples=_prompted(model, part, name)) for name, part in asked]
         )
-    encoded, mixture = _mixed(recipe, model, named, anchors, extra)
     without = mixture if named == searched else _mixed(recipe, model, searched, anchors, extra)[1]
     prompts: dict[str, list[Sample]] = {}
     for term in recipe.keep:

@@ -88,19 +88,19 @@ def train(
     data = _fitting(recipe, data, head)
     masked = _masked(recipe, model, data.mixture, head)
     apart = data.searched is not data.mixture
-    searched = _masked(recipe, model, data.searched, head) if apart else masked
+    searched = _masked(recipe, model, data.searched, head).sources if apart else None
     terms = _before(recipe, model, data, head)
     # Gradients pass through a head that does not train, so its freezing by a method is harmless.
     work = Work(
         recipe,
         model.module,
         masked.sources,
-        searched.sources,
         data.mixture.num_target,
         lambda prepared: [*terms, *_after(recipe, prepared, data, head)],
         head,
         extra.state_dir,
         tokenizer=model.tokenizer,
+        searched=searched,
     )
     if recipe.auto is None:
         done, decisions = run_stages(work, progress or Silent()), None
