@@ -56,7 +56,6 @@ class Arms:
     """
 
     def __init__(self, rows: pd.DataFrame, base: pd.DataFrame, target: str, split: str):
-        self.num_items = {"target": 0, "few-shot": 0}
         rows, base = rows[rows["split"] == split], base[base["split"] == split]
         frames = {(None, 0.0, None): base}
         lams = rows["lam"].fillna(1.0)
@@ -93,8 +92,7 @@ class Arms:
 
     def few_shot(self, arm: tuple, tasks: list[str] | None = None) -> stats.Resampled:
         """Return the mean score over tasks."""
-        parts = [self.by_task[task][arm] for task in tasks or self.by_task]
-        return float(np.mean([p[0] for p in parts])), np.mean([p[1] for p in parts], axis=0)
+        return mean([self.by_task[task][arm] for task in tasks or self.by_task])
 
     def kept(self, arm: tuple, tasks: list[str] | None = None) -> stats.Resampled:
         """Return the share of the untuned model's score above chance."""
@@ -117,6 +115,10 @@ class Arms:
         kept = [self.kept(arm) for arm in path]
         value = float(_crossing([[t[0]] for t in targets], [[k[0]] for k in kept], [wanted[0]])[0])
         return value, _crossing([t[1] for t in targets], [k[1] for k in kept], wanted[1])
+
+    def walked(self) -> list[str]:
+        """Return the recipes that have points between untuned and tuned."""
+        return sorted({arm[0] for arm in self.target if arm[0] and 0 < arm[1] < 1})
 
     def seeds(self, recipe: str) -> list[int]:
         """Return the seeds under which a recipe was tuned."""
@@ -163,7 +165,7 @@ def paths(found: dict[str, dict[str, Arms]]) -> None:
     rows = []
     for target, arms in found.items():
         test = arms["test"]
-        for recipe in sorted({arm[0] for arm in test.target if arm[0] and 0 < arm[1] < 1}):
+        for recipe in test.walked():
             seeds = test.seeds(recipe)
             for place, (_, lam, _) in enumerate(test.path(recipe, seeds[0])):
                 points = [test.path(recipe, seed)[place] for seed in seeds]
@@ -180,7 +182,7 @@ def best_points(found: dict[str, dict[str, Arms]]) -> None:
     rows, gains = [], {}
     for target, arms in found.items():
         choose, test = (arms[split] for split in SPLITS)
-        for recipe in sorted({arm[0] for arm in test.target if arm[0] and 0 < arm[1] < 1}):
+        for recipe in test.walked():
             for seed in test.seeds(recipe):
                 path = choose.path(recipe, seed)
                 best = max(path, key=lambda arm: choose.few_shot(arm)[0])

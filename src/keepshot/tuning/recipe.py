@@ -151,7 +151,8 @@ class Recipe(Spec):
             what = "the target" if least == 1 else f"{least} data sets"
             beside = f" beside {taken} samples of the mix term" if taken else ""
             raise ValueError(
-                f"batch_size {self.batch_size} leaves no room for {what}{beside}; raise it"
+                f"batch_size {self.batch_size} leaves no room for {what}{beside}; raise it or "
+                "lower the shares"
             )
 
     def _check_fsdp(self) -> None:

@@ -94,7 +94,8 @@ def tokenise(
     _check_writable(recipe, model, template)
     searched = _by_origin(recipe, examples, extra.origins)
     named = _with_held_out(recipe, searched, validation, extra)
-    encoded, mixture = _mixed(recipe, model, named, anchors, extra)
+    general = _general(recipe, model, extra)
+    encoded, mixture = _mixed(recipe, model, named, anchors, general, template)
     held_out = None
     if validation:
         held = learned_rows(recipe, validation, examples, template, recipe.data)
@@ -106,7 +107,9 @@ def tokenise(
         held_out = _joined(
             [replace(part, samples=_prompted(model, part, name)) for name, part in asked]
         )
-    without = mixture if named == searched else _mixed(recipe, model, searched, anchors, extra)[1]
+    without = mixture
+    if named is not searched:
+        _, without = _mixed(recipe, model, searched, anchors, general, template)
     prompts: dict[str, list[Sample]] = {}
     for term in recipe.keep:
         if isinstance(term, KL | EWC):
@@ -136,28 +139,33 @@ def _mixed(
     model: LanguageModel,
     named: Sequence[tuple[str, Sequence[Row]]],
     anchors: Sequence[Task],
-    extra: Extra,
+    general: Sequence[Sample],
+    template: Template,
 ) -> tuple[Encoded, Mixture]:
     """Return the data sets' samples, and the sources of batches that are made of them."""
-    template, limit = extra.template, _limit(recipe, model)
     parts: list[tuple[str, Encoded]] = []
     for name, rows in named:
         learned = learned_rows(recipe, rows, rows, template, name)
         parts.append((name, _encode(recipe, model, learned, template, name)))
     added = find_term(recipe.keep, Mix)
     few_shot: list[tuple[str, list[Sample]]] = []
-    general: Sequence[Sample] = ()
     if added is not None and added.icl_share > 0.0:
         examples = [row for _, rows in named for row in rows]
         given = given_tasks(added, anchors, examples, template, recipe.data)
+        limit = _limit(recipe, model)
         few_shot = few_shot_samples(model, added, given, max_length=limit, seed=recipe.seed)
-    if added is not None and added.general_share > 0.0:
-        if not extra.general:
-            raise ConfigError(f"mix: general_data {added.general_data!r} holds no rows")
-        source = str(added.general_data)
-        general = _encode(recipe, model, extra.general, template, source).samples
     target = [(name, _prompted(model, part, name)) for name, part in parts]
     return _joined([part for _, part in parts]), mix(recipe, target, few_shot, general)
+
+
+def _general(recipe: Recipe, model: LanguageModel, extra: Extra) -> Sequence[Sample]:
+    """Return the general data that a mix term adds; none without such a term."""
+    added = find_term(recipe.keep, Mix)
+    if added is None or added.general_share == 0.0:
+        return ()
+    if not extra.general:
+        raise ConfigError(f"mix: general_data {added.general_data!r} holds no rows")
+    return _encode(recipe, model, extra.general, extra.template, str(added.general_data)).samples
 
 
 def task_name(data: str) -> str:

@@ -88,7 +88,8 @@ def train(
     data = _fitting(recipe, data, head)
     masked = _masked(recipe, model, data.mixture, head)
     apart = data.searched is not data.mixture
-    searched = _masked(recipe, model, data.searched, head).sources if apart else None
+    searches = apart and asked.learning_rate is None
+    searched = _masked(recipe, model, data.searched, head).sources if searches else None
     terms = _before(recipe, model, data, head)
     # Gradients pass through a head that does not train, so its freezing by a method is harmless.
     work = Work(
