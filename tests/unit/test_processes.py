@@ -40,33 +40,35 @@ def run(name, state_dir):
     weights = {key: p.detach().clone() for key, p in model.module.named_parameters()}
     save_file(weights, place / name)
 
-def forked(name, state_dir, patience):
+def latest_state():
+    states = [path.name for path in (place / "state").glob("checkpoint-*")]
+    return max((int(name.rpartition("-")[2]) for name in states), default=0)
+
+def forked(name, state_dir, last_state, delay):
     # Nothing has started a thread by now, so that a fork is a whole process.
     child = os.fork()
     if child == 0:
         run(name, state_dir)
         os._exit(0)
-    ends = time.monotonic() + patience
-    while time.monotonic() < ends:
+    while latest_state() < last_state:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
+        time.sleep(0.002)
+    time.sleep(delay)
     os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 began = time.perf_counter()
 run("whole.safetensors", None)
-length = time.perf_counter() - began
+step = (time.perf_counter() - began) / recipe.steps
 random.seed(int(sys.argv[2]))
 killed = []
-while True:
-    patience = random.uniform(0.3, 0.9) * length if len(killed) < 3 else 600.0
-    status = forked("killed.safetensors", place / "state", patience)
-    if status == 0:
-        break
-    states = [path.name for path in (place / "state").glob("checkpoint-*")]
-    killed.append(max((int(name.rpartition("-")[2]) for name in states), default=0))
+for last_state in sorted(random.sample(range(1, recipe.steps - 2), 3)):
+    forked("killed.safetensors", place / "state", last_state, random.uniform(0, 2 * step))
+    killed.append(latest_state())
+finished = forked("killed.safetensors", place / "state", recipe.steps + 1, 0.0)
+assert finished == 0, finished
 same = (place / "whole.safetensors").read_bytes() == (place / "killed.safetensors").read_bytes()
 print(killed, same)
 """
@@ -83,7 +85,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_sigkill_at_any_moment_ends_with_the_same_bits(tmp_path: Path) -> None:
-    """Killed thrice at moments drawn by seed, in a step or while a state is being written."""
+    """Killed thrice, each time a drawn moment after a drawn state: in a step, or in writing one."""
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path), "0"],
         env=environment(tmp_path), capture_output=True, text=True, check=False,
@@ -92,8 +94,9 @@ def test_sigkill_at_any_moment_ends_with_the_same_bits(tmp_path: Path) -> None:
     killed, same = done.stdout.splitlines()[-1].rsplit(" ", 1)
     assert same == "True"
     steps = json.loads(killed)
-    assert len(steps) >= 1
-    assert max(steps) > 0, "no kill came after the first state"
+    assert len(steps) == 3
+    assert steps == sorted(steps)
+    assert 0 < steps[0] < 16, "no kill came between the first state and the last"
 
 
 def test_two_processes_tune_as_one_does(tmp_path: Path) -> None:
