@@ -10,6 +10,7 @@ model are kept once, those of the first place given. Answers themselves are left
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,9 @@ import pandas as pd
 WHO = ["model", "stage", "recipe", "target", "tuning_seed", "lam"]
 ASKED = ["ask", "setting", "split", "task", "shots", "seed", "item"]
 FOUND = ["chance", "correct", "format_failure", "label_leakage"]
+TUNED = ["model", "target", "recipe"]
+COST = ["tuning_seconds", "few_shot_divergence", "target_divergence"]
+"""Of a tuned model as such, on each of its rows: means over seeds, where the study is finished."""
 
 
 def read(places: Sequence[Path]) -> pd.DataFrame:
@@ -25,11 +29,22 @@ def read(places: Sequence[Path]) -> pd.DataFrame:
     parts: list[pd.DataFrame] = []
     for number, place in enumerate(places):
         file = place / "frame.parquet" if place.is_dir() else place
-        parts.append(pd.read_parquet(file)[WHO + ASKED + FOUND].assign(run=number))
+        rows = pd.read_parquet(file)
+        if (place / "study.json").exists():
+            rows = rows.merge(_costs(place / "study.json"), on=TUNED, how="left")
+        known = [name for name in COST if name in rows]
+        parts.append(rows[WHO + ASKED + FOUND + known].assign(run=number))
     rows = pd.concat(parts, ignore_index=True)
     rows["tuning_seed"] = rows["tuning_seed"].astype("Int32")
     first = rows.groupby(WHO + ASKED[:-1], dropna=False, observed=True)["run"].transform("min")
     return rows[rows["run"] == first].drop(columns="run").reset_index(drop=True)
+
+
+def _costs(file: Path) -> pd.DataFrame:
+    arms = json.loads(file.read_text(encoding="utf-8"))["arms"]
+    tuned = [arm for arm in arms if arm["recipe"] is not None and arm["lam"] is None]
+    found = pd.DataFrame(tuned, columns=TUNED + COST).drop_duplicates(TUNED)
+    return found.astype(dict.fromkeys(COST, float))
 
 
 def main() -> None:

@@ -2,11 +2,14 @@
 
     keepshot study studies/keep-auto.yaml --out runs/keep-auto --accept-licence gemma
     python benchmarks/keeping.py runs/keep-auto   # or files of frames.py
+    python benchmarks/keeping.py FILE --figure keeping.svg    # of the first model
 
 For each model: every target with the default (`auto`), plain full tuning at the rate that was best
 on validation items of the target, and the gentlest rate whose validation score is within .02 of
 that. Target scores and retention are of test items, with 95 % intervals of a paired bootstrap over
-items (tasks and targets are fixed); the last lines are means over targets.
+items (tasks and targets are fixed); the last lines are means over targets. A second table has all
+arms: how many few-shot answers have no possible form or are labels of the target, the divergence
+from the untuned model, and seconds of tuning.
 """
 
 from __future__ import annotations
@@ -14,14 +17,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import altair as alt
 import numpy as np
 import pandas as pd
-from frames import read
+from frames import COST, read
 
 from keepshot import stats
+from keepshot.report.styling import data, styled
+from keepshot.report.svg import render
 from keepshot.study.frame import matrix
 
 SEED = 0
+FIGURE = "few-shot ability kept against target score: the default, and full tuning at three rates"
 LEVEL = 0.02
 """Validation scores of the target that differ by no more than this count as the same."""
 
@@ -109,12 +116,69 @@ def report(model: str, rows: pd.DataFrame) -> None:
         print(f"{arm}, {what}: mean of {len(found)} targets {mean}")
 
 
+def besides(rows: pd.DataFrame) -> None:
+    """Print what else is known of every arm: form, leakage, divergence, time."""
+    rows = rows.reindex(columns=[*rows.columns, *(name for name in COST if name not in rows)])
+    heads = ("target", "arm", "format failures", "leakage", "KL, few-shot", "KL, target", "seconds")
+    print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    few = rows[(rows["split"] == "test") & (rows["shots"] == 4) & (rows["task"] != rows["target"])]
+    columns = ["format_failure", "label_leakage", *COST[1:], COST[0]]
+    for (target, arm), own in few.groupby(["target", "recipe"], dropna=False, sort=False):
+        by_task = own.groupby("task")[columns].mean().mean()
+        cells = [f"{by_task[name]:.{0 if name == COST[0] else 3}f}" for name in columns]
+        names = ["" if pd.isna(name) else str(name) for name in (target, arm)]
+        print(f"| {names[0]} | {names[1] or 'untuned'} | {' | '.join(cells)} |")
+
+
+def figure(rows: pd.DataFrame) -> str:
+    """Return target scores and few-shot ability kept of all arms, target by target, as SVG."""
+    base, panels = rows[rows["stage"] == "base"], []
+    chances = base.groupby("task")["chance"].mean()
+    for target, near in rows[rows["stage"] == "tuned"].groupby("target", sort=False):
+        before, points = score(base, str(target), "test").mean(), []
+        points.append({"arm": "untuned", "x": before, "y": 1.0, "rate": 0.0})
+        for arm, own in near.groupby("recipe", sort=False):
+            after = few_shot(own, str(target), 4)
+            value, _ = kept(after, few_shot(base, str(target), 4), chances)
+            rate = float(str(arm).rpartition("=")[2]) if "=" in str(arm) else 0.0
+            points.append({
+                "arm": "full tuning" if rate else "the default", "rate": rate, "y": value,
+                "x": float(score(own, str(target), "test").mean()),
+                "name": f"{rate:.0e}".replace("e-0", "e-") if rate else "",
+            })  # fmt: skip
+        panels.append(_panel(str(target), points, first=not panels))
+    return render(styled(alt.hconcat(*panels, spacing=18), "wide"), FIGURE)
+
+
+def _panel(target: str, points: list[dict], *, first: bool) -> alt.LayerChart:
+    arms, colours = ["untuned", "the default", "full tuning"], ["#555555", "#009e73", "#0072b2"]
+    x = alt.X("x:Q", title="target score", scale=alt.Scale(domain=[0, 1]),
+              axis=alt.Axis(tickCount=5))  # fmt: skip
+    y = alt.Y("y:Q", title="few-shot ability kept" if first else None,
+              scale=alt.Scale(domain=[0, 1.2]), axis=alt.Axis(tickCount=6))  # fmt: skip
+    base = alt.Chart(data(points)).encode(x=x, y=y)
+    full = base.transform_filter(alt.FieldEqualPredicate("full tuning", "arm"))
+    line = full.mark_line(strokeWidth=1.4, color=colours[2]).encode(order="rate:Q")
+    names = full.mark_text(align="right", dx=-7, dy=4, fontSize=10).encode(text="name:N")
+    marks = base.mark_point(size=70, filled=True, opacity=1).encode(
+        color=alt.Color("arm:N", scale=alt.Scale(domain=arms, range=colours)),
+        shape=alt.Shape("arm:N", scale=alt.Scale(
+            domain=arms, range=["cross", "circle", "square"])),
+    )  # fmt: skip
+    return alt.layer(line, names, marks, title=target).properties(width=165, height=220)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("places", type=Path, nargs="+", help="run directories, or files of rows")
-    frame = read(parser.parse_args().places)
-    for model, rows in frame.groupby("model", sort=False):
+    parser.add_argument("--figure", type=Path, help="SVG to write, in place of the tables")
+    given = parser.parse_args()
+    for model, rows in read(given.places).groupby("model", sort=False):
+        if given.figure:
+            given.figure.write_text(figure(rows), encoding="utf-8")
+            return
         report(str(model), rows)
+        besides(rows)
 
 
 if __name__ == "__main__":

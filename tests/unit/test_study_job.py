@@ -109,6 +109,10 @@ def test_a_study_from_file_to_figures(workplace: Path, capsys: pytest.CaptureFix
     assert plain["icl"] == pytest.approx(few)
     assert plain["target_score"] == pytest.approx(own[own["is_target"]]["correct"].mean())
     assert plain["tuning_seconds"] > 0.0
+    for name in ("few_shot_divergence", "target_divergence"):
+        low, high = plain[f"{name}_ci95"]
+        assert 0.0 < low <= plain[name] <= high
+        assert arms["base", None, None][name] is arms["base", "plain", 0.5][name] is None
     report = (place / "report.md").read_text("utf-8")
     assert "Does it run?" in report
     assert "plain, lambda 0.5 (2 seeds)" in report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import torch
 
 from keepshot.assets import AssetStore
 from keepshot.blending.sweep import sweep
-from keepshot.errors import TaskError
+from keepshot.errors import ConfigError, TaskError
 from keepshot.jobs.ledger import Ledger, model_record
 from keepshot.jobs.making import make
 from keepshot.jobs.measure import check_shots, plan_for, read_tasks, template_named
@@ -35,6 +36,9 @@ from keepshot.tasks.task import Task, item_id
 from keepshot.tasks.variants import varied
 from keepshot.tuning.anchors import examples_of
 from keepshot.tuning.data import hold_out
+from keepshot.tuning.drift import Drift, few_shot_prompts, questions
+from keepshot.tuning.guard import PROBE
+from keepshot.tuning.live import named_tasks
 from keepshot.tuning.mixture import Branch
 from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.samplegen import Samples
@@ -180,6 +184,7 @@ class Worker:
         model = self._base_model(unit)
         self._base = None  # tuning changes it in place
         untuned = model_record(model)
+        drifts = self._drifts(model, target)
         out_dir = self.directory.model(unit.id)
         rows, held_out = target.train, ()
         if recipe.auto:
@@ -191,11 +196,21 @@ class Worker:
         )  # fmt: skip
         return Outcome(
             model=untuned,
-            training=record.training_record(str(unit.subject.recipe)),
+            training=record.training_record(str(unit.subject.recipe)).model_copy(
+                update={"divergence": {name: one.read(model) for name, one in drifts.items()}}
+            ),
             loading_seconds=self._loading,
             work_seconds=record.seconds,
             tokens=tokens_read(record.sources, record.steps),
         )
+
+    def _drifts(self, model: LanguageModel, target: Task) -> dict[str, Drift]:
+        """Return what the untuned model says to prompts of unseen tasks, and to the target's."""
+        prompts = {"target": questions(model, target)}
+        # Where a context is too short for examples there is nothing to hold against.
+        with contextlib.suppress(ConfigError):
+            prompts["few_shot"] = few_shot_prompts(model, named_tasks(PROBE))
+        return {name: Drift(model, listed) for name, listed in prompts.items() if listed}
 
     def _measure(self, unit: Unit) -> Outcome:
         if unit.settings:

@@ -14,6 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from keepshot import stats
+from keepshot.records import TrainingRecord
 from keepshot.stats import Matrix
 from keepshot.study.asks import WRITTEN
 from keepshot.study.directory import UnitRecord
@@ -60,7 +61,7 @@ def arms(
     Tuning seeds and draws of demonstrations are resampled together, as one level.
     """
     items = items[~items["setting"].isin(WRITTEN)]
-    seconds = _seconds(grid, records)
+    trained = _trained(grid, records)
     blocks = _blocks(items)
     worded = {name for name, ask in spec.asks.items() if ask.template is not None}
     rows: list[_Row] = []
@@ -71,24 +72,40 @@ def arms(
         for target in spec.targets or ("",):
             near = [who for who in blocks if who[:2] == (model.label, target) and who[2]]
             for who in (base_of, *near):
-                spent = seconds.get((model.label, target, who[2]), [])
+                own = trained.get((model.label, target, who[2]), [])
                 fields = {
                     "model": model.label, "target": target_name(target), "recipe": who[2],
-                    "lam": who[3], "tuning_seconds": float(np.mean(spent)) if spent else None,
+                    "lam": who[3],
+                    "tuning_seconds": float(np.mean([r.seconds for r in own])) if own else None,
+                    **({} if who[3] is not None else _divergences(own)),
                 }  # fmt: skip
                 rows += _rows(items, blocks[who], blocks[base_of], fields, worded)
     _resample_(rows)
     return [StudyArm(**row.fields, **row.found) for row in rows]
 
 
-def _seconds(grid: Grid, records: Mapping[str, UnitRecord]) -> dict[Any, list[float]]:
-    seconds: dict[tuple[str, str | None, str | None], list[float]] = {}
+def _trained(grid: Grid, records: Mapping[str, UnitRecord]) -> dict[Any, list[TrainingRecord]]:
+    """Return how each model, target and recipe was tuned, under one seed after the other."""
+    trained: dict[tuple[str, str | None, str | None], list[TrainingRecord]] = {}
     for subject, identity in grid.tuned.items():
         record = records.get(identity)
         if record is not None and record.training is not None:
             key = subject.model, subject.target, subject.recipe
-            seconds.setdefault(key, []).append(record.training.seconds)
-    return seconds
+            trained.setdefault(key, []).append(record.training)
+    return trained
+
+
+def _divergences(trained: Sequence[TrainingRecord]) -> dict[str, Any]:
+    """Return the divergences from the base, means of seeds, with intervals over prompts."""
+    found: dict[str, Any] = {}
+    for name in ("few_shot", "target"):
+        seeds = [record.divergence.get(name, []) for record in trained]
+        if seeds and all(seeds):
+            values = np.mean(seeds, axis=0)
+            mean = stats.bootstrap_mean(values, np.random.default_rng(BOOTSTRAP_SEED))
+            found[f"{name}_divergence"] = mean.value
+            found[f"{name}_divergence_ci95"] = mean.ci95
+    return found
 
 
 def _blocks(items: Frame) -> dict[_Who, dict[tuple[str, str, int, str], _Block]]:

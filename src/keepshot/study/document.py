@@ -43,6 +43,12 @@ class StudyArm(BaseModel):
     num_seeds: int
     """Seeds of tuning."""
     tuning_seconds: float | None
+    few_shot_divergence: float | None = None
+    """KL(base || tuned) in nats a token, on few-shot prompts of tasks that nothing trains on."""
+    few_shot_divergence_ci95: tuple[float, float] | None = None
+    target_divergence: float | None = None
+    """The same on validation items of the target."""
+    target_divergence_ci95: tuple[float, float] | None = None
     """Mean over seeds."""
 
 

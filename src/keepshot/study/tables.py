@@ -19,7 +19,15 @@ CORRELATION_NOTE = (
     "over all correlations of one kind, the matrix's included. `report.html` says how to read the "
     "rest."
 )
-COLUMNS = ("arm", *FIGURES, "format failures", "leakage", "seconds of tuning")
+COLUMNS = (
+    "arm",
+    *FIGURES,
+    "format failures",
+    "leakage",
+    "KL to base, few-shot",
+    "KL to base, target",
+    "seconds of tuning",
+)
 
 
 def markdown(document: StudyDocument) -> str:
@@ -49,7 +57,8 @@ def markdown(document: StudyDocument) -> str:
         "Target scores are at 0 shots. Intervals are 95 %: of the target over items (Wilson; over "
         "items and seeds where there are several), of the others over items, draws of "
         "demonstrations and seeds of tuning. Retention is few-shot score above chance as a share "
-        "of the base's.",
+        "of the base's. KL to base is KL(base || tuned) in nats a token of an answer, on few-shot "
+        "prompts of suite `guard` and on the target's validation items, with intervals over them.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -75,6 +84,8 @@ def cells(arm: StudyArm) -> list[str]:
         *figures(arm),
         f"{arm.format_failure:.3f}",
         f"{arm.label_leakage:.3f}",
+        _figure(arm.few_shot_divergence, arm.few_shot_divergence_ci95),
+        _figure(arm.target_divergence, arm.target_divergence_ci95),
         "" if arm.tuning_seconds is None else f"{arm.tuning_seconds:.0f}",
     ]
 

@@ -54,7 +54,10 @@ class AnchorKL:
 
     def __call__(self, module: Any, step: int, head: Any) -> Tensor:
         """Return the divergence from the untuned model on this step's prompts, a scalar."""
-        number = turn(len(self.pool.batches), step, self.seed)
+        return self.read(module, turn(len(self.pool.batches), step, self.seed), head)
+
+    def read(self, module: Any, number: int, head: Any) -> Tensor:
+        """Return the divergence from the untuned model on one batch of prompts, a scalar."""
         padded = pad(self.pool.batches[number])
         device = head.weight.device
         logits_NV = read_logits(module, padded.ids_BT.to(device), padded.read_N.to(device), head)
