@@ -304,6 +304,7 @@ def test_where_no_lambda_helps_every_bit_stays(fresh_pico: Build):
 def test_the_card_says_where_a_short_run_broke():
     broken = Trial(1.0, None, None)
     assert broken.total == math.inf
+    assert Trial(1e-3, 0.5, 0.25).total == 0.5 + 5 * 0.25
     found = Decisions(
         1e-3, "x", 8, "x", (Trial(1e-3, 0.5, 0.25), broken), (),
         (Point(1.0, 0.5, (0.4, 0.6), 1.5),), 1.0, "x", 0.0,

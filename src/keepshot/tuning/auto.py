@@ -1,7 +1,7 @@
 """What `--keep auto` finds out by itself: a learning rate before training, lambda after it.
 
 The rate comes from short runs on the run's own first batches, each undone bit for bit; they are
-judged by the loss on held-out rows of the target plus the keep terms on prompts that they did not
+judged by the loss on held-out rows of the target and the keep terms on prompts that they did not
 train on. Lambda stays 1 unless the guard finds few-shot ability lost at the end; then the change is
 made smaller in memory until the guard is content. Nothing here sees a task that is measured.
 """

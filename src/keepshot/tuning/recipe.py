@@ -34,6 +34,7 @@ from keepshot.tuning.method_specs import (
 from keepshot.tuning.samplegen import Samples, is_plain
 
 AUTO_TERM = KL(
+    weight=1.0,
     tasks="upper-case,repeat-words,drop-vowels,spell-out",
     prompts_per_step=1, prompts=64, shots=(2, 5), top_k=64,
 )  # fmt: skip

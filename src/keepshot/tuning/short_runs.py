@@ -1,7 +1,7 @@
 """Short runs that find a learning rate: from the untuned model, and undone bit for bit.
 
-They are judged by the loss on held-out rows of the target plus the keep terms on prompts that they
-did not train on.
+They are judged by the loss on held-out rows of the target plus, with more weight than in training,
+the keep terms on prompts that they did not train on.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from keepshot.tuning.stages import Work
 
 FURTHEST = 3
 """Doublings or halvings of the method's default rate at most."""
+CAUTION = 5.0
+"""What a nat of the keep terms counts beside one of the target's loss: a short run shows little of
+what a long one loses."""
 JUDGED_STEPS = 8
 """Turns of the keep terms' prompts, after those of the short run, that judge it."""
 
@@ -46,7 +49,7 @@ class Trial:
         """What is compared; infinite where the run broke."""
         if self.target_loss is None or self.keep_loss is None:
             return math.inf
-        return self.target_loss + self.keep_loss
+        return self.target_loss + CAUTION * self.keep_loss
 
 
 def remembered_rate(
@@ -110,7 +113,8 @@ def find_rate(
         return start, "every short run broke, so the method's default is taken", trials
     why = (
         f"half of {chosen.learning_rate:g}, which was best of {len(seen)} rates after {steps} "
-        f"steps (held-out loss {chosen.target_loss:.3f} plus {chosen.keep_loss:.3f} of keep terms)"
+        f"steps (held-out loss {chosen.target_loss:.3f} plus {CAUTION:g} times "
+        f"{chosen.keep_loss:.3f} of keep terms)"
     )
     return chosen.learning_rate / 2.0, why, trials
 
