@@ -199,7 +199,9 @@ class TrainingRecord(_Record):
     seconds: float
     num_trainable: int
     losses: list[dict[str, float]] = Field(default_factory=list)
-    divergence: dict[str, list[float]] = Field(default_factory=dict)
+    divergence: dict[str, list[float]] = Field(
+        default_factory=dict, exclude_if=lambda value: not value
+    )
     """KL(untuned || tuned) in nats a token, prompt by prompt: on `few_shot` prompts of unseen
     tasks, and on the `target`'s validation items. Studies read it."""
 
