@@ -184,6 +184,7 @@ class Worker:
         model = self._base_model(unit)
         self._base = None  # tuning changes it in place
         untuned = model_record(model)
+        began = time.perf_counter()
         drifts = self._drifts(model, target)
         out_dir = self.directory.model(unit.id)
         rows, held_out = target.train, ()
@@ -194,13 +195,13 @@ class Worker:
             recipe, model, rows, out_dir,
             anchors=anchors, validation=held_out, progress=self.watch, extra=extra,
         )  # fmt: skip
+        moved = {name: drift.read(model) for name, drift in drifts.items()}
+        training = record.training_record(str(unit.subject.recipe))
         return Outcome(
             model=untuned,
-            training=record.training_record(str(unit.subject.recipe)).model_copy(
-                update={"divergence": {name: one.read(model) for name, one in drifts.items()}}
-            ),
+            training=training.model_copy(update={"divergence": moved}),
             loading_seconds=self._loading,
-            work_seconds=record.seconds,
+            work_seconds=time.perf_counter() - began,
             tokens=tokens_read(record.sources, record.steps),
         )
 

@@ -1,4 +1,4 @@
-"""How far tuning moves a model: its divergence from the untuned model, on prompts held by nobody.
+"""How far tuning moves a model: its divergence from the untuned model, on unseen prompts.
 
 On few-shot prompts it is what the `kl` term holds down, read on other tasks. On the questions of
 the target it is what forgetting was found to go with (arXiv 2509.04259).
