@@ -262,6 +262,18 @@ def _looks(arm: tuple) -> str | None:
     return next((name for name in LOOKS if arm[0] and arm[0].startswith(name)), None)
 
 
+def axes(*, first: bool) -> tuple[alt.X, alt.Y]:
+    """Return target score and few-shot ability kept as axes; the second named once."""
+    x = alt.X(
+        "x:Q", title="target score", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(tickCount=5)
+    )
+    y = alt.Y(
+        "y:Q", title="few-shot ability kept" if first else None,
+        scale=alt.Scale(domain=[0, 1.2]), axis=alt.Axis(tickCount=6),
+    )  # fmt: skip
+    return x, y
+
+
 def _panel(target: str, rows: list[dict], *, first: bool) -> alt.LayerChart:
     names = [look[0] for look in LOOKS.values()]
     colour = alt.Color(
@@ -270,14 +282,7 @@ def _panel(target: str, rows: list[dict], *, first: bool) -> alt.LayerChart:
     shape = alt.Shape(
         "what:N", scale=alt.Scale(domain=names, range=[look[3] for look in LOOKS.values()])
     )
-    x = alt.X(
-        "x:Q", title="target score", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(tickCount=5)
-    )
-    y = alt.Y(
-        "y:Q", title="few-shot ability kept" if first else None,
-        scale=alt.Scale(domain=[0, 1.2]), axis=alt.Axis(tickCount=6),
-    )  # fmt: skip
-    base = alt.Chart(data(rows)).encode(x=x, y=y, color=colour)
+    base = alt.Chart(data(rows)).encode(*axes(first=first), color=colour)
     on_path = [look[0] for look in LOOKS.values() if look[2]]
     lines = base.transform_filter(alt.FieldOneOfPredicate("what", on_path)).mark_line(
         strokeWidth=1.6

@@ -20,7 +20,7 @@ WHO = ["model", "stage", "recipe", "target", "tuning_seed", "lam"]
 ASKED = ["ask", "setting", "split", "task", "shots", "seed", "item"]
 FOUND = ["chance", "correct", "format_failure", "label_leakage"]
 TUNED = ["model", "target", "recipe"]
-COST = ["tuning_seconds", "few_shot_divergence", "target_divergence"]
+COST = ["few_shot_divergence", "target_divergence", "tuning_seconds"]
 """Of a tuned model as such, on each of its rows: means over seeds, where the study is finished."""
 
 

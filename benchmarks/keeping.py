@@ -20,6 +20,7 @@ from pathlib import Path
 import altair as alt
 import numpy as np
 import pandas as pd
+from adaptation import axes
 from frames import COST, read
 
 from keepshot import stats
@@ -122,10 +123,10 @@ def besides(rows: pd.DataFrame) -> None:
     heads = ("target", "arm", "format failures", "leakage", "KL, few-shot", "KL, target", "seconds")
     print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     few = rows[(rows["split"] == "test") & (rows["shots"] == 4) & (rows["task"] != rows["target"])]
-    columns = ["format_failure", "label_leakage", *COST[1:], COST[0]]
+    columns = ["format_failure", "label_leakage", *COST]
     for (target, arm), own in few.groupby(["target", "recipe"], dropna=False, sort=False):
         by_task = own.groupby("task")[columns].mean().mean()
-        cells = [f"{by_task[name]:.{0 if name == COST[0] else 3}f}" for name in columns]
+        cells = [f"{by_task[name]:.{0 if name.endswith('seconds') else 3}f}" for name in columns]
         names = ["" if pd.isna(name) else str(name) for name in (target, arm)]
         print(f"| {names[0]} | {names[1] or 'untuned'} | {' | '.join(cells)} |")
 
@@ -152,11 +153,7 @@ def figure(rows: pd.DataFrame) -> str:
 
 def _panel(target: str, points: list[dict], *, first: bool) -> alt.LayerChart:
     arms, colours = ["untuned", "the default", "full tuning"], ["#555555", "#009e73", "#0072b2"]
-    x = alt.X("x:Q", title="target score", scale=alt.Scale(domain=[0, 1]),
-              axis=alt.Axis(tickCount=5))  # fmt: skip
-    y = alt.Y("y:Q", title="few-shot ability kept" if first else None,
-              scale=alt.Scale(domain=[0, 1.2]), axis=alt.Axis(tickCount=6))  # fmt: skip
-    base = alt.Chart(data(points)).encode(x=x, y=y)
+    base = alt.Chart(data(points)).encode(*axes(first=first))
     full = base.transform_filter(alt.FieldEqualPredicate("full tuning", "arm"))
     line = full.mark_line(strokeWidth=1.4, color=colours[2]).encode(order="rate:Q")
     names = full.mark_text(align="right", dx=-7, dy=4, fontSize=10).encode(text="name:N")

@@ -65,8 +65,9 @@ step = (time.perf_counter() - began) / recipe.steps
 random.seed(int(sys.argv[2]))
 killed = []
 for last_state in sorted(random.sample(range(1, recipe.steps - 2), 3)):
-    forked("killed.safetensors", place / "state", last_state, random.uniform(0, 2 * step))
-    killed.append(latest_state())
+    delay = random.uniform(0, 2 * step)
+    if forked("killed.safetensors", place / "state", last_state, delay) == -signal.SIGKILL:
+        killed.append(latest_state())
 finished = forked("killed.safetensors", place / "state", recipe.steps + 1, 0.0)
 assert finished == 0, finished
 same = (place / "whole.safetensors").read_bytes() == (place / "killed.safetensors").read_bytes()
@@ -94,9 +95,9 @@ def test_sigkill_at_any_moment_ends_with_the_same_bits(tmp_path: Path) -> None:
     killed, same = done.stdout.splitlines()[-1].rsplit(" ", 1)
     assert same == "True"
     steps = json.loads(killed)
-    assert len(steps) == 3
-    assert steps == sorted(steps)
+    assert len(steps) >= 1
     assert 0 < steps[0] < 16, "no kill came between the first state and the last"
+    assert steps == sorted(steps)
 
 
 def test_two_processes_tune_as_one_does(tmp_path: Path) -> None:
