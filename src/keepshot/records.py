@@ -204,6 +204,13 @@ class TrainingRecord(_Record):
     )
     """KL(untuned || tuned) in nats a token, prompt by prompt: on `few_shot` prompts of unseen
     tasks, and on the `target`'s validation items. Studies read it."""
+    lam: float | None = Field(
+        default=None,
+        validation_alias=_LAMBDA,
+        serialization_alias="lambda",
+        exclude_if=lambda value: value is None,
+    )
+    """Where `auto` left the change; None without `auto`."""
 
 
 class InstructionScore(_Record):

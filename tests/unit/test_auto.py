@@ -318,6 +318,9 @@ def test_the_card_says_where_a_short_run_broke():
     text = card(record, "adapter")
     assert "| 0.001 | 0.500 | 0.250 |\n| 1 | broke | broke |" in text
     assert "| 1 | 0.50 [0.40, 0.60] | 1.500 |" in text
+    assert "| target loss on rows held out |" in text
+    learned = card(dataclasses.replace(record, num_validation=4), "adapter")
+    assert "| target loss on rows held out from the short runs, learned since |" in learned
 
 
 def test_record_and_card_say_what_was_decided_and_why(
@@ -331,7 +334,7 @@ def test_record_and_card_say_what_was_decided_and_why(
     assert written["auto"]["steps"] == record.steps == 75
     card = (tmp_path / "adapter" / "README.md").read_text("utf-8")
     assert f"learning rate {record.learning_rate:g}: half of" in card
-    assert "75 steps: 3 passes over the data, at least 75 steps" in card
+    assert "75 steps: the more of 75 steps and 3 passes over the data" in card
     assert "lambda 1: the guard found retention" in card
     assert record.data_fingerprint in card
     assert record.recipe_fingerprint in card

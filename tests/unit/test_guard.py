@@ -78,6 +78,7 @@ def stock_trainer(
         model=module or model.module,
         args=TrainingArguments(**arguments(place, remove_unused_columns=False, **settings)),
         train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
         data_collator=collate,
         processing_class=tokenizer,
     )
@@ -170,6 +171,27 @@ def test_the_guard_acts(
     assert equal(weights(model.module), before) == (action == "rollback")
 
 
+BEST: dict[str, Any] = {
+    "load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2,
+    "save_strategy": "steps", "save_steps": 2, "greater_is_better": True,
+}  # fmt: skip
+
+
+def test_the_last_reading_is_of_the_weights_that_come_out(fresh_pico: Build, tmp_path: Path):
+    """The trainer puts back what it calls its best, here the weights of the highest loss."""
+    model = fresh_pico("llama")
+    guard = ICLGuard([known_task(model)], 2, 0.05, "warn", Probe(shots=2, limit=40))
+    trainer = stock_trainer(model, tmp_path, learning_rate=0.01, **BEST)
+    guard.watch(trainer)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best is not None
+    assert best.endswith("checkpoint-2")
+    assert [reading.step for reading in guard.readings] == [0, 2, 4, 6, 6]
+    scores = [reading.score for reading in guard.readings]
+    assert scores[-1] == scores[1] != scores[-2]
+
+
 def test_what_the_guard_refuses(fresh_pico: Build, tmp_path: Path):
     for settings, message in (
         ({"every": 0}, "every=0 is no number of steps"),
@@ -180,6 +202,10 @@ def test_what_the_guard_refuses(fresh_pico: Build, tmp_path: Path):
             ICLGuard(**settings)  # type: ignore[arg-type]
     with pytest.raises(AssetError, match="is not fetched here"):
         ICLGuard("country-capital")
+    with pytest.raises(ConfigError, match="both choose the weights that come out"):
+        ICLGuard(action="rollback").on_train_begin(
+            SimpleNamespace(load_best_model_at_end=True), None, None
+        )
     sharded = SimpleNamespace(fsdp="full_shard", deepspeed=None)
     with pytest.raises(ConfigError, match="divided among processes"):
         ICLGuard().on_train_begin(sharded, None, None)

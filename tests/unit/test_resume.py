@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from keepshot.errors import ConfigError, OutputError
+from keepshot.errors import ConfigError, OutputError, TrainingError
 from keepshot.jobs.specs import TuneSpec
 from keepshot.jobs.workspace import Workspace, example_files
 from keepshot.models.loading import LanguageModel
@@ -82,6 +82,40 @@ def test_states_of_another_recipe_or_of_other_data_are_refused(
     again = recipe(save_every=3)
     train(again, fresh_pico("llama"), ROWS, None, extra=killed, progress=Listening())
     assert told == [3, 4]
+
+
+@pytest.mark.parametrize("stopped", [SystemExit(143), OSError("disk"), RuntimeError("memory")])
+def test_a_run_that_was_stopped_goes_on(
+    stopped: BaseException, fresh_pico: Build, tmp_path: Path
+) -> None:
+    """SIGTERM is a SystemExit by then; a full disk and lost memory need not be the run's end."""
+    place, told = tmp_path / "state", []
+
+    class Stopping(Silent):
+        def update(self, done: int, total: int, detail: str = "") -> None:
+            told.append(done)
+            if told == [1, 2, 3]:
+                raise stopped
+
+    def run() -> Any:
+        extra = Extra(state_dir=place)
+        return train(recipe(), fresh_pico("llama"), ROWS, None, progress=Stopping(), extra=extra)
+
+    with pytest.raises(type(stopped)):
+        run()
+    assert (place / "checkpoint-2").is_dir()
+    assert len(run().losses) == 4
+    assert told == [1, 2, 3, 3, 4]
+    assert not place.exists()
+
+
+def test_what_the_user_has_to_mend_leaves_no_states(fresh_pico: Build, tmp_path: Path) -> None:
+    """The loss is no number here, whatever is gone on from."""
+    extra = Extra(state_dir=tmp_path / "state")
+    broken = recipe(learning_rate=1e30, warmup=0.0, max_grad_norm=1e30)
+    with pytest.raises(TrainingError, match="lower learning_rate"):
+        train(broken, fresh_pico("llama"), ROWS, None, extra=extra)
+    assert not (tmp_path / "state").exists()
 
 
 def test_a_state_that_was_never_whole_is_not_taken_up(fresh_pico: Build, tmp_path: Path):

@@ -122,7 +122,7 @@ def run_auto(
 def _why_steps(asked: Recipe, auto: Auto) -> str:
     if asked.steps is not None:
         return "given"
-    return f"{asked.epochs:g} passes over the data, at least {auto.least_steps} steps"
+    return f"the more of {auto.least_steps} steps and {asked.epochs:g} passes over the data"
 
 
 def _why_no_guard(prompted: bool) -> str:

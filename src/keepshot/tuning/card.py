@@ -98,7 +98,9 @@ def _decided(record: TuneRecord) -> list[str]:
             for t in auto.trials
         ]
     if auto.path:
-        rows += ["", "| lambda | retention | held-out target loss |", "|---|---|---|"]
+        learned = record.num_validation > 0 and record.validation_loss is None
+        which = "held out from the short runs, learned since" if learned else "held out"
+        rows += ["", f"| lambda | retention | target loss on rows {which} |", "|---|---|---|"]
         rows += [
             f"| {p.lam:g} | {p.retention:.2f} [{p.ci95[0]:.2f}, {p.ci95[1]:.2f}] | "
             f"{p.target_loss:.3f} |"

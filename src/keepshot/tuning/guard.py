@@ -165,8 +165,13 @@ class ICLGuard(TrainerCallback):
 
         Raises:
             ConfigError: if the model has no few-shot ability to watch, is divided among processes,
-                or comes without a tokenizer.
+                or comes without a tokenizer; or if the trainer, too, chooses the final weights.
         """
+        if self.action == "rollback" and args.load_best_model_at_end:
+            raise ConfigError(
+                "guard: rollback and load_best_model_at_end both choose the weights that come out; "
+                "leave one of them out"
+            )
         if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
             raise ConfigError(
                 "guard: a model divided among processes (FSDP, DeepSpeed) cannot be probed; "
@@ -189,8 +194,9 @@ class ICLGuard(TrainerCallback):
             self._check(state, control, kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Probe what came out, if the last steps were not."""
-        if self.acted_at is None and self.readings[-1].step != state.global_step:
+        """Probe what came out, if it was not: the trainer may have put its best weights back."""
+        probed = self.readings[-1].step == state.global_step and not args.load_best_model_at_end
+        if self.acted_at is None and not probed:
             self._check(state, control, kwargs)
 
     def _check(self, state: Any, control: Any, kwargs: dict[str, Any]) -> None:

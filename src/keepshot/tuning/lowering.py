@@ -17,7 +17,10 @@ from keepshot.tuning.methods import Prepared
 
 @dataclass(frozen=True)
 class Point:
-    """One lambda on the path from untuned to tuned: retention on the guard's tasks, target loss."""
+    """One lambda on the path from untuned to tuned: retention on the guard's tasks, target loss.
+
+    The loss is on the rows that judged the short runs, which training may have learned since.
+    """
 
     lam: float
     retention: float
@@ -41,7 +44,7 @@ def find_lambda(
         guard: has watched the training.
         lambdas: what is tried, in turn.
         ask: puts the guard's questions to the module as it is.
-        target_loss: reads the held-out loss of the module as it is.
+        target_loss: reads the loss on the rows that judged the short runs, of the module as it is.
     """
     last = guard.readings[-1]
     if not guard.minds(last):

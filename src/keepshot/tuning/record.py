@@ -63,4 +63,5 @@ class TuneRecord:
             seconds=self.seconds,
             num_trainable=self.num_trainable,
             losses=self.losses,
+            lam=self.auto.lam if self.auto else None,
         )

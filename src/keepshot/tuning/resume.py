@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from keepshot.errors import ConfigError
+from keepshot.errors import ConfigError, UserError
 from keepshot.outputs import write_text
 from keepshot.specs import changes
 from keepshot.tuning.batch import Sample, fingerprint
@@ -34,6 +34,9 @@ ABOUT = "recipe.json"
 @contextlib.contextmanager
 def states(place: Path | None, recipe: Recipe, samples: Sequence[Sample]) -> Generator[Path]:
     """Yield the directory of resume states, which is gone once the run has ended by itself.
+
+    It has not where it was stopped, or where memory, disk or a tracker gave out: the same run goes
+    on from there. What the user has to mend ends it.
 
     Args:
         place: the directory; None keeps no states, and yields a temporary one.
@@ -61,9 +64,7 @@ def states(place: Path | None, recipe: Recipe, samples: Sequence[Sample]) -> Gen
         torch.distributed.barrier()
     try:
         yield place
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
+    except UserError:
         shutil.rmtree(place, ignore_errors=True)
         raise
     if first:
