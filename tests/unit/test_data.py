@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
-from keepshot.errors import TaskError
-from keepshot.models.loading import LanguageModel
+from command import status
+from keepshot.errors import ConfigError, TaskError
+from keepshot.models.loading import LanguageModel, save
 from keepshot.prompts import VERBATIM, Example, Template
-from keepshot.tasks.source import Message, MessagesRow, PromptRow, Row, TextRow
+from keepshot.tasks.source import Message, MessagesRow, PromptRow, Role, Row, TextRow
 from keepshot.tuning.batch import Sample, Source, fingerprint, group, pad, read_logits, schedule
 from keepshot.tuning.data import (
     Encoded,
@@ -24,6 +27,8 @@ from keepshot.tuning.data import (
     hold_out,
     slide_few_shot,
 )
+from keepshot.tuning.recipe import Auto, Recipe
+from keepshot.tuning.tokenised import Extra, Tokenised, tokenise
 
 TEMPLATE = Template()
 CHAT = (
@@ -84,6 +89,49 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(model: LanguageModel,
     monkeypatch.setattr(model.tokenizer, "chat_template", "{{ messages|length }}" + CHAT)
     row = MessagesRow((Message("user", "hi"), Message("assistant", "Hello.")))
     with pytest.raises(TaskError, match=r"row 1: the chat template of 'pico-.*' rewrites"):
+        encode(model, row)
+
+
+REFUSING = (
+    "{% for m in messages %}{% if m.role == 'system' %}"
+    "{{ raise_exception('System role not supported.') }}{% endif %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "roles", "message"),
+    [
+        (REFUSING, "system user assistant", "System role not supported;\nput what the system says"),
+        (REFUSING, "user user assistant", "Roles must alternate;\nlet user and assistant speak in"),
+        (REFUSING, "assistant user assistant", "Roles must alternate;\nlet the user speak first"),
+        (
+            "{{ messages[0].role }}" + CHAT,
+            "assistant user assistant",
+            "Provide at least one message;\nlet the user speak first, or give prompt and",
+        ),
+    ],
+    ids=["system", "twice", "assistant", "empty"],
+)
+def test_turns_that_a_template_refuses_say_what_to_do(
+    template: str, roles: str, message: str, model: LanguageModel, monkeypatch
+):
+    monkeypatch.setattr(model.tokenizer, "chat_template", template)
+    turns = [Message(cast(Role, role), "hi") for role in roles.split()]
+    refused = f"row 1: the chat template of '{model.reference}' refuses turns of "
+    with pytest.raises(TaskError) as error:
+        encode(model, MessagesRow(tuple(turns)))
+    assert str(error.value).startswith(refused + ", ".join(roles.split()))
+    assert message in str(error.value)
+
+
+def test_a_template_that_opens_thoughts_is_not_said_to_rewrite(model: LanguageModel, monkeypatch):
+    thinking = CHAT.replace("<assistant>", "<assistant><think>")
+    monkeypatch.setattr(model.tokenizer, "chat_template", thinking)
+    row = MessagesRow((Message("user", "hi"), Message("assistant", "Hello.")))
+    with pytest.raises(TaskError, match=r"row 1: .* asks for an answer with '<assistant><think>'"):
         encode(model, row)
 
 
@@ -161,6 +209,29 @@ def test_cut_rows_keep_what_is_left_of_their_answers(model: LanguageModel):
         cut(0.3)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_held_out_rows_are_judged_together_with_the_others(learned: bool, model: LanguageModel):
+    """One row of a hundred was refused as one of the ten held out."""
+    rows: list[Row] = [Example(f"q {number}", f"a {number}") for number in range(30)]
+    long = Example("x" * 90, "a")
+    extra = Extra(learn_held_out=learned)
+
+    def tokenised(held_out: list[Row], **settings: Any) -> Tokenised:
+        recipe = Recipe(data="my.jsonl", max_length=60, steps=2, **settings)
+        return tokenise(recipe, model, rows, anchors=(), validation=held_out, extra=extra)
+
+    cut = tokenised([*rows[:9], long], long_rows="cut")
+    assert cut.held_out is not None
+    assert (len(cut.held_out.samples), cut.held_out.num_unanswered) == (9, 1)
+    with pytest.raises(TaskError, match=r"my\.jsonl: .*, 2 of 32 rows have no token"):
+        tokenised([long, long], long_rows="cut")
+    assert tokenised([long], long_rows="drop").held_out is None
+    with pytest.raises(TaskError, match=r"my\.jsonl: row 'xxx.*' has \d+ tokens"):
+        tokenised([long])
+    with pytest.raises(ConfigError, match=r"auto: none of the 1 held-out rows .*another `seed`"):
+        tokenised([long], long_rows="drop", auto=Auto())
+
+
 def test_hold_out_is_seeded_and_keeps_every_row_once():
     rows: list[Row] = [Example(f"question {number}", "answer") for number in range(40)]
     train, held = hold_out(rows, share=0.1, seed=3)
@@ -168,8 +239,28 @@ def test_hold_out_is_seeded_and_keeps_every_row_once():
     assert len(held) == 4
     assert (train, held) == hold_out(rows, share=0.1, seed=3) != hold_out(rows, share=0.1, seed=4)
     assert len(hold_out(rows[:2], share=0.1, seed=0)[1]) == 1
-    with pytest.raises(TaskError, match="1 row is too few"):
-        hold_out(rows[:1], share=0.1, seed=0)
+    with pytest.raises(TaskError, match=r"my\.jsonl: 1 row is too few, .*give at least two"):
+        hold_out(rows[:1], share=0.1, seed=0, source="my.jsonl")
+
+
+def test_a_file_of_one_row_is_named(
+    fresh_pico: Callable[..., LanguageModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    save(fresh_pico("llama"), tmp_path / "m")
+    Path("one.jsonl").write_text('{"input": "a", "output": "b"}\n', encoding="utf-8")
+    asked = ["--model", "m", "--data", "one.jsonl", "--keep", "none", "--out", "o"]
+    assert status("tune", *asked) == 2
+    assert "one.jsonl: 1 row is too few" in capsys.readouterr().err
+
+
+def test_hold_out_takes_a_tenth_of_questions_that_are_asked_often():
+    """Of two questions with 500 answers each one was held out."""
+    rows: list[Row] = [PromptRow(f"Write {n % 2}.", str(n)) for n in range(1000)]
+    train, held = hold_out(rows, share=0.1, seed=0)
+    assert (len(train), len(held)) == (900, 100)
+    assert {row.prompt for row in held if isinstance(row, PromptRow)} == {"Write 0.", "Write 1."}
 
 
 @pytest.mark.parametrize(

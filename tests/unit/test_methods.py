@@ -72,6 +72,25 @@ def test_value_only_changes_values_and_nothing_else(
         assert changed.sum() >= 0.9 * allowed.sum(), name
 
 
+def test_weight_decay_is_of_matrices_alone_in_a_fused_layer_too(fresh_pico: Build):
+    """Of a fused qkv layer the biases shrank as well."""
+    model = fresh_pico("gpt2")
+    value = anatomy(model.module).blocks[0].value
+    assert value.bias is not None
+    with torch.no_grad():
+        model.module.get_parameter(value.bias).fill_(1.0)
+    before = copied(model)
+    recipe = Recipe(
+        data="x", method=ValueOnly(), steps=2, batch_size=4, learning_rate=1e-6, weight_decay=1e4,
+        scheduler="constant", warmup=0.0,
+    )  # fmt: skip
+    train(recipe, model, EXAMPLES, None)
+    after = copied(model)
+    assert torch.allclose(after[value.bias], before[value.bias], atol=1e-4)
+    shrunk = after[value.parameter][:, value.rows] / before[value.parameter][:, value.rows]
+    assert shrunk.median().item() == pytest.approx(0.98, abs=1e-3)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_value_only_counts_its_parameters(family: str, fresh_pico: Build):
     module = fresh_pico(family).module

@@ -207,6 +207,25 @@ def test_the_fisher_agrees_with_its_definition(fresh_pico: Build):
         assert torch.corrcoef(pair)[0, 1] > 0.95, name
 
 
+def test_the_fisher_is_read_without_dropout(fresh_pico: Build):
+    """It was another one each time, and not the untuned model's."""
+
+    def fisher(dropout: float) -> dict[str, torch.Tensor]:
+        model = fresh_pico("llama")
+        prepared = prepare(LoRA(rank=2, dropout=dropout), model.module, 0)
+        head = model.module.get_output_embeddings()
+        sample = encode_few_shot(model, TEMPLATE, EXAMPLES[:1], EXAMPLES[1])
+        layers = [part for part in prepared.module.modules() if isinstance(part, torch.nn.Dropout)]
+        modes = [layer.training for layer in layers]
+        found = diagonal_fisher(prepared, [sample], head=head, seed=0)
+        assert [layer.training for layer in layers] == modes
+        return found
+
+    plain, dropping = fisher(0.0), fisher(0.5)
+    assert plain.keys() == dropping.keys()
+    assert all(torch.equal(dropping[name], found) for name, found in plain.items())
+
+
 @pytest.mark.parametrize(
     ("term", "part"),
     [(L2SP(weight=100.0), "l2-sp"), (EWC(weight=1e5, prompts=4), "ewc")],

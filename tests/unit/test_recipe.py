@@ -69,6 +69,8 @@ def test_methods_and_terms_are_told_apart_by_name():
 def test_steps_and_rate_are_filled_in():
     assert read(epochs=2.0, batch_size=8).resolved(100).steps == 25
     assert read(steps=7).resolved(100).steps == 7
+    half = read(batch_size=8, keep=[{"name": "mix", "icl_share": 0.5}])
+    assert half.resolved(100).steps == 75, "three passes of four rows a step"
     rates = [read(method={"name": name}).resolved(9).learning_rate for name in METHODS]
     assert rates == [2e-5, 1e-3, 1e-3, 2.5e-4, 1e-4, 1e-4, 1e-4, 2e-5, 1e-3, 0.03, 2e-5]
     assert read(learning_rate=3e-4).resolved(9).learning_rate == 3e-4

@@ -185,6 +185,28 @@ def test_lora_in_the_second_stage_is_written_beside_the_prompt(fresh_pico: Build
     assert torch.allclose(logits(loaded, "x"), logits(model, "x"), atol=1e-4)
 
 
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(10, 2), (10, 5), (4, 4), (5, 1)])
+def test_the_prompts_stage_divides_what_a_mix_leaves_of_a_batch(
+    batch_size: int, accumulate: int, fresh_pico: Build
+):
+    """Its batches are smaller, and were to be divided into the same number of parts."""
+    term = Mix(icl_from="data", icl_share=0.3, shots=2)
+    losses: list[list[float]] = []
+    for parts in (1, accumulate):
+        record = train(
+            Recipe(
+                data="x", steps=1, batch_size=batch_size, accumulate=parts, learning_rate=1e-3,
+                method=ProMoT(tokens=3, prompt_steps=3), keep=(term,),
+            ),
+            fresh_pico("llama"),
+            EXAMPLES,
+            None,
+        )  # fmt: skip
+        losses.append([row["loss"] for row in record.losses])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
 def test_a_rate_too_high_for_the_prompt_names_the_first_stage(fresh_pico: Build):
     model = fresh_pico("llama")
     with pytest.raises(TrainingError, match="the soft prompt's stage"):

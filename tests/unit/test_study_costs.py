@@ -2,17 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from keepshot.jobs.study_plan import StudyPlan, Work
+from keepshot.assets import AssetStore
+from keepshot.jobs.study_apart import Unwatched
+from keepshot.jobs.study_plan import StudyPlan, Work, plan_study
 from keepshot.jobs.study_trials import Amount, Pace, Rates
+from keepshot.models.loading import LanguageModel, save
 from keepshot.study.costs import Recorded, overhead_of, recorded
 from keepshot.study.directory import UnitRecord
+from keepshot.study.spec import StudySpec
 
 
 def record(unit: str, by: str = "host 1", **changes: object) -> UnitRecord:
     content = {"unit": unit, "kind": "measure", "label": unit, "status": "done", "by": by}
     return UnitRecord.model_validate({**content, **changes})
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"batch_size": 8, "accumulate": 4},
+        # At such a rate the prompt's stage would break, if it were run.
+        {"method": {"name": "promot", "tokens": 2, "prompt_learning_rate": 1e38}},
+    ],
+    ids=["parts", "promot"],
+)
+def test_a_trial_takes_the_steps_that_a_study_does(
+    recipe: dict[str, Any], fresh_pico: Callable[..., LanguageModel], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, store: AssetStore,
+) -> None:  # fmt: skip
+    """Single rows were to be divided into parts, and of ProMoT the prompt's steps were timed."""
+    monkeypatch.chdir(tmp_path)
+    save(fresh_pico("llama"), tmp_path / "base")
+    content = {
+        "models": ["base"], "targets": ["support"], "recipes": {"one": {"steps": 5, **recipe}},
+        "asks": {"a": {"tasks": ["addition"], "limit": 2}},
+    }  # fmt: skip
+    spec = StudySpec.from_mapping(content, source="study.yaml")
+    plan = plan_study(spec, store, tmp_path / "runs", Unwatched())
+    [tuned] = [work for work in plan.work if work.kind == "tune"]
+    assert tuned.source == "calibrated"
+    assert tuned.seconds is not None
+    assert tuned.seconds > 0.0
 
 
 def test_overhead_is_what_is_neither_loading_nor_work_and_idle_time_between_units() -> None:

@@ -233,6 +233,48 @@ def test_bfloat16_is_close_and_the_weights_stay_as_they_were_loaded(fresh_pico: 
     assert {str(weight.dtype) for weight in weights(coarse).values()} == {"torch.float32"}
 
 
+@pytest.mark.parametrize(
+    "method", [Full(), ProMoT(tokens=3, prompt_steps=2)], ids=lambda method: method.name
+)
+def test_bfloat16_ends_with_the_training(method: Any, fresh_pico: Build):
+    """Autocast stayed around the module, which was then measured in it."""
+    model, loaded = fresh_pico("llama"), fresh_pico("llama")
+    tune(model, method=method, steps=2, bf16=True)
+    state = weights(model)
+    loaded.module.load_state_dict({name: state[name] for name in weights(loaded)}, strict=False)
+    ids = torch.arange(3, 40).reshape(1, -1)
+    with torch.no_grad():
+        found, expected = (m.module(input_ids=ids).logits for m in (model, loaded))
+    assert torch.equal(found, expected)
+
+
+def test_a_second_run_of_a_module_is_in_bfloat16_too(fresh_pico: Build):
+    once, twice = fresh_pico("llama"), fresh_pico("llama")
+    tune(twice, steps=2, learning_rate=1e-30, bf16=True)
+    assert equal(weights(once), weights(twice))
+    expected = tune(once, steps=2, bf16=True)
+    assert tune(twice, steps=2, bf16=True).losses == expected.losses
+
+
+@pytest.mark.parametrize("direction", ["forward", "k3"])
+def test_the_untuned_model_is_read_in_the_precision_of_training(direction: Any, fresh_pico: Build):
+    """In float32 it was as far from itself in bfloat16 as a few steps go."""
+    term = KL(prompts=8, direction=direction)
+    losses = tune(fresh_pico("llama"), steps=1, keep=(term,), bf16=True).losses
+    assert losses[0]["kl"] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_only_step_is_no_warmup(fresh_pico: Build):
+    """It was taken at a rate of zero, as the first of several steps still is."""
+    model = fresh_pico("llama")
+    before = weights(model)
+    tune(model, steps=1)
+    assert not equal(weights(model), before)
+    first, second, third = tune(model, steps=3, batch_size=len(EXAMPLES)).losses
+    assert second["loss"] == pytest.approx(first["loss"], abs=1e-5)
+    assert third["loss"] != pytest.approx(first["loss"], abs=1e-3)
+
+
 def test_the_record_says_what_was_done(fresh_pico: Build, tmp_path: Path):
     model = fresh_pico("llama")
     rows = [*EXAMPLES, TextRow("far too long " * 40)]

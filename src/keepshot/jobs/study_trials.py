@@ -17,6 +17,7 @@ from keepshot.scoring.engine import Engine
 from keepshot.scoring.evaluate import measure
 from keepshot.study.grid import Unit
 from keepshot.tuning.from_scratch import train_from_scratch
+from keepshot.tuning.method_specs import AnyMethod, ProMoT
 from keepshot.tuning.train import Extra, train
 
 CALIBRATION_TASKS, CALIBRATION_ITEMS, CALIBRATION_STEPS = 3, 4, 3
@@ -100,7 +101,14 @@ def _time_steps(
     others slow, so that their mean would be too much.
     """
     recipe, target, _, extra = worker.ingredients(unit)
-    few = {"steps": CALIBRATION_STEPS + 1, "keep": (), "auto": None, "batch_size": batch_size}
+    few = {
+        "steps": CALIBRATION_STEPS + 1,
+        "keep": (),
+        "auto": None,
+        "batch_size": batch_size,
+        "accumulate": min(recipe.accumulate, batch_size),
+        "method": _without_first_stage(recipe.method),
+    }
     clock = _StepClock()
     began = train(
         recipe.model_copy(update=few), model, target.train, None,
@@ -114,6 +122,16 @@ def _time_steps(
     ]
     quickest = Pace(min(wall for wall, _ in steps), min(spent for _, spent in steps))
     return quickest, tokens_read(began.sources, began.steps) / max(1, began.steps)
+
+
+def _without_first_stage(method: AnyMethod) -> AnyMethod:
+    """Return a method whose every step is one of those that change the model.
+
+    ProMoT's first stage has cheaper steps, which a plan counts as if they were of the second.
+    """
+    if isinstance(method, ProMoT) and method.prompt == "trained":
+        return method.model_copy(update={"prompt": "random"})
+    return method
 
 
 def time_training(made: FromScratch, tokens_a_step: int) -> Rates:

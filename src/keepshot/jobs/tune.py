@@ -192,7 +192,8 @@ def _read(recipe: Recipe, store: AssetStore) -> tuple[list[_Data], Template]:
 
 def _data(name: str, seed: int, store: AssetStore) -> _Data:
     if is_path(name):
-        held = hold_out(read_rows(Path(name)), share=VALIDATION_SHARE, seed=seed)
+        rows = read_rows(Path(name))
+        held = hold_out(rows, share=VALIDATION_SHARE, seed=seed, source=name)
         return _Data(name, *held, Template())
     target = load_target(name, store)
     return _Data(name, target.train, target.validation, target.template)

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, assert_never
 
 import numpy as np
+from jinja2 import TemplateError
 
 from keepshot.errors import TaskError
 from keepshot.models.loading import LanguageModel
 from keepshot.prompts import Example, Template
-from keepshot.tasks.source import Message, MessagesRow, PromptRow, Row, TextRow
+from keepshot.tasks.source import Message, MessagesRow, PromptRow, Role, Row, TextRow
 from keepshot.tuning.batch import Sample
 
 LongRows = Literal["error", "drop", "cut"]
@@ -34,6 +35,11 @@ class Encoded:
     num_unanswered: int = 0
     """Rows left out since nothing of the answer was left after cutting."""
 
+    @property
+    def num_rows(self) -> int:
+        """How many rows there were, those left out included."""
+        return len(self.samples) + self.num_dropped + self.num_unanswered
+
 
 def encode_rows(
     model: LanguageModel,
@@ -44,18 +50,63 @@ def encode_rows(
     long_rows: LongRows,
     source: str,
     most_unanswered: float = 1.0,
+    held_out: Encoded | None = None,
 ) -> Encoded:
     """Tokenise rows of any form; `source` names where they are from in error messages.
 
+    Args:
+        model: whose tokenizer is used.
+        rows: what to tokenise.
+        template: how `{input, output}` rows are written.
+        max_length: longest sample in tokens.
+        long_rows: what happens to longer ones.
+        source: a file or a task.
+        most_unanswered: largest share of answers that cutting may lose wholly.
+        held_out: what can be used of rows that were held out of these, in that share too.
+
     Raises:
-        TaskError: if there is no row, if one is longer than `max_length` tokens and `long_rows` is
-            `error`, if all are left out, if cutting leaves nothing of more than the share
-            `most_unanswered` of answers, or if a conversation does not fit the chat template.
+        TaskError: if there is no row, if all are left out, if cutting leaves nothing of more than
+            the share `most_unanswered` of answers, or as `encode_usable` does.
     """
     if not rows:
         raise TaskError(
             f"{source}: there is no row to tune on; give a file or a task with examples"
         )
+    encoded = encode_usable(
+        model, rows, template=template, max_length=max_length, long_rows=long_rows, source=source
+    )
+    parts = [encoded] if held_out is None else [encoded, held_out]
+    num_rows = sum(part.num_rows for part in parts)
+    num_unanswered = sum(part.num_unanswered for part in parts)
+    if num_unanswered > most_unanswered * num_rows:
+        raise TaskError(
+            f"{source}: cut to max_length {max_length}, {num_unanswered} of {num_rows} rows have "
+            f"no token of their answer left, more than most_unanswered {most_unanswered:g};\n"
+            "raise max_length, or give shorter questions"
+        )
+    if not encoded.samples:
+        raise TaskError(
+            f"{source}: all {len(rows)} rows have more tokens than max_length {max_length}; raise "
+            "it, or set long_rows=cut to keep their beginnings"
+        )
+    return encoded
+
+
+def encode_usable(
+    model: LanguageModel,
+    rows: Sequence[Row],
+    *,
+    template: Template,
+    max_length: int,
+    long_rows: LongRows,
+    source: str,
+) -> Encoded:
+    """Tokenise the rows that can be used, however few they are.
+
+    Raises:
+        TaskError: if a row is longer than `max_length` tokens and `long_rows` is `error`, or if a
+            conversation does not fit the chat template.
+    """
     samples: list[Sample] = []
     num_dropped = num_cut = num_unanswered = 0
     for row in rows:
@@ -79,17 +130,6 @@ def encode_rows(
         else:
             num_cut += 1
             samples.append(Sample(sample.ids[:max_length], left))
-    if num_unanswered > most_unanswered * len(rows):
-        raise TaskError(
-            f"{source}: cut to max_length {max_length}, {num_unanswered} of {len(rows)} rows have "
-            f"no token of their answer left, more than most_unanswered {most_unanswered:g};\n"
-            "raise max_length, or give shorter questions"
-        )
-    if not samples:
-        raise TaskError(
-            f"{source}: all {len(rows)} rows have more tokens than max_length {max_length}; raise "
-            "it, or set long_rows=cut to keep their beginnings"
-        )
     return Encoded(tuple(samples), num_dropped, num_cut, num_unanswered)
 
 
@@ -193,26 +233,39 @@ def encode_window(
     return encode_few_shot(model, template, window[:-1], window[-1])
 
 
-def hold_out(rows: Sequence[Row], *, share: float, seed: int) -> tuple[list[Row], list[Row]]:
+def hold_out(
+    rows: Sequence[Row], *, share: float, seed: int, source: str = "the data"
+) -> tuple[list[Row], list[Row]]:
     """Split rows into those to train on and at least one held out, both in their old order.
 
-    Rows that ask the same thing stay together, unless all do.
+    Rows that ask the same thing stay together, unless each question has more rows than are held
+    out: then these are single rows.
+
+    Args:
+        rows: two at least.
+        share: how much of them is held out, about.
+        seed: of the draw.
+        source: where the rows are from, for the error message.
 
     Raises:
         TaskError: if there are fewer than two rows.
     """
     if len(rows) < 2:
-        raise TaskError(f"{len(rows)} row is too few to tune on and keep one for validation")
+        raise TaskError(
+            f"{source}: 1 row is too few, since one is learned and another held out to judge what "
+            "was learned; give at least two, better some twenty"
+        )
     alike: dict[Hashable, list[int]] = {}
     for index, row in enumerate(rows):
         alike.setdefault(_question(row), []).append(index)
-    groups = list(alike.values()) if len(alike) > 1 else [[index] for index in range(len(rows))]
+    groups = list(alike.values())
     count = max(1, round(share * len(rows)))
+    if min(map(len, groups)) > count:
+        groups = [[index] for index in range(len(rows))]
     held: set[int] = set()
     for place in np.random.default_rng(seed).permutation(len(groups)):
         if len(held) + len(groups[place]) <= count:
             held.update(groups[place])
-    held = held or set(min(groups, key=len))
     train = [row for index, row in enumerate(rows) if index not in held]
     return train, [row for index, row in enumerate(rows) if index in held]
 
@@ -265,6 +318,14 @@ def _encode_completion(model: LanguageModel, prompt: str, completion: str) -> Sa
     return Sample(ids, tuple(range(max(len(before), 1) - 1, len(ids) - 1)))
 
 
+_REMEDIES: dict[Role, str] = {
+    "system": "put what the system says into the user's first turn",
+    "user": "let user and assistant speak in turn",
+    "assistant": "let the user speak first",
+}
+"""What may help where a template refuses a conversation that begins with this role."""
+
+
 def _encode_conversation(model: LanguageModel, messages: Sequence[Message], where: str) -> Sample:
     """Render with the chat template; the assistant's turns are what follows their openings."""
     tokenizer: Any = model.tokenizer
@@ -275,11 +336,21 @@ def _encode_conversation(model: LanguageModel, messages: Sequence[Message], wher
         )
 
     turns = [{"role": message.role, "content": message.content} for message in messages]
+    template = f"{where}: the chat template of {model.reference!r}"
 
     def render(count: int, *, opened: bool) -> str:
-        return tokenizer.apply_chat_template(
-            turns[:count], tokenize=False, add_generation_prompt=opened
-        )
+        try:
+            return tokenizer.apply_chat_template(
+                turns[:count], tokenize=False, add_generation_prompt=opened
+            )
+        # transformers itself refuses to render no turns at all.
+        except (TemplateError, ValueError) as error:
+            roles = ", ".join(message.role for message in messages)
+            reason, remedy = str(error).rstrip("."), _REMEDIES[messages[0].role]
+            raise TaskError(
+                f"{template} refuses turns of {roles}: {reason};\n{remedy}, or give prompt and "
+                "completion instead"
+            ) from error
 
     # The template writes its own special tokens.
     def tokenize(text: str) -> list[int]:
@@ -293,9 +364,16 @@ def _encode_conversation(model: LanguageModel, messages: Sequence[Message], wher
             continue
         opening, turn = render(index, opened=True), render(index + 1, opened=False)
         if not (whole.startswith(turn) and turn.startswith(opening)):
+            before = render(index, opened=False) if index else ""
+            fault = "rewrites earlier turns"
+            if whole.startswith(turn) and turn.startswith(before):
+                fault = (
+                    f"asks for an answer with {opening.removeprefix(before)!r}, and writes "
+                    "answers that were given without it"
+                )
             raise TaskError(
-                f"{where}: the chat template of {model.reference!r} rewrites earlier turns, so "
-                "the assistant's words cannot be told apart; give prompt and completion instead"
+                f"{template} {fault}, so the assistant's words cannot be told apart; give prompt "
+                "and completion instead"
             )
         start, end = (len(tokenize(text)) for text in (opening, turn))
         read.extend(range(start - 1, end - 1))

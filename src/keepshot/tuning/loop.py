@@ -6,9 +6,10 @@ ends the run with the weights of the last good copy.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +39,7 @@ from keepshot.tuning.terms import next_token
 
 GOOD_EVERY = 10
 """Steps between copies of the weights that a failed run falls back on."""
+_OF_ACCELERATE = ("forward", "_original_forward", "_is_accelerate_prepared")
 
 
 class StepTerm(Protocol):
@@ -86,11 +88,12 @@ def run(loop: Loop, losses: list[dict[str, float]], progress: Progress) -> None:
     """
     if loop.recipe.packing:
         refuse_leaks(loop.prepared.module, loop.head)
-    config = loop.prepared.module.config
+    module = loop.prepared.module
+    config = module.config
     use_cache, verbosity = config.use_cache, transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     kept = states(loop.state_dir, loop.recipe, loop.samples)
-    with quiet_transformers(), training(loop.prepared), kept as place:
+    with quiet_transformers(), training(loop.prepared), _own_forward(module), kept as place:
         trainer = _KeepTrainer(loop, place, progress)
         try:
             trainer.train(resume_from_checkpoint=last_state(place))
@@ -116,6 +119,22 @@ def check_trackers(recipe: Recipe) -> None:
         raise ConfigError(
             f"report_to {list(recipe.report_to)}: {reason}; install the tracker, or leave it out"
         ) from error
+
+
+@contextlib.contextmanager
+def _own_forward(module: Any) -> Generator[None]:
+    """Take off again what accelerate puts on a module: autocast around its forward, and a mark.
+
+    The mark says that this was done, so that a later run of the same module would go without.
+    """
+    own = vars(module)
+    before = {name: own[name] for name in _OF_ACCELERATE if name in own}
+    try:
+        yield
+    finally:
+        for name in _OF_ACCELERATE:
+            own.pop(name, None)
+        own.update(before)
 
 
 class _Samples(Dataset[Sample]):
@@ -269,7 +288,9 @@ class _KeepTrainer(Trainer):
         prepared = self.loop.prepared
         with torch.no_grad():
             for name, mask in prepared.masks.items():
-                prepared.parameters[name].mul_(1.0 - rate * mask)
+                # Of matrices alone, as of parameters that train as a whole.
+                if prepared.parameters[name].ndim > 1:
+                    prepared.parameters[name].mul_(1.0 - rate * mask)
 
     def _trained(self) -> list[Tensor]:
         return [parameter for _, parameter in self._named()]
@@ -330,9 +351,14 @@ def _tensors(padded: Padded) -> dict[str, Tensor]:
     return tensors
 
 
+def num_processes() -> int:
+    """Return how many processes share each batch."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
 def _arguments(loop: Loop, place: Path) -> TrainingArguments:
     recipe = loop.recipe
-    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    processes = num_processes()
     at_once, left = divmod(recipe.batch_size, recipe.accumulate * processes)
     if left:
         raise ConfigError(
@@ -361,7 +387,8 @@ def _arguments(loop: Loop, place: Path) -> TrainingArguments:
         ddp_find_unused_parameters=False,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=schedulers[recipe.scheduler],
-        warmup_steps=math.ceil(recipe.warmup * recipe.steps),
+        # The first step of a warmup has a rate of zero: the only step must be none of it.
+        warmup_steps=min(math.ceil(recipe.warmup * recipe.steps), recipe.steps - 1),
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
         optim="adamw_torch_fused",

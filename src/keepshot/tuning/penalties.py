@@ -14,6 +14,7 @@ from torch import Tensor
 
 from keepshot.tuning.batch import Sample, pad, read_logits, turn
 from keepshot.tuning.keep import FewShot
+from keepshot.tuning.live import evaluating
 from keepshot.tuning.methods import Prepared
 from keepshot.tuning.terms import annealed, next_token, pull, token_log_probs
 
@@ -102,9 +103,11 @@ def diagonal_fisher(
     device = head.weight.device
     for sample in samples:
         padded = pad([sample])
-        logits_NV = read_logits(
-            prepared.module, padded.ids_BT.to(device), padded.read_N.to(device), head
-        )
+        # Dropout would make it another model's, and another one's each time.
+        with evaluating(prepared.module):
+            logits_NV = read_logits(
+                prepared.module, padded.ids_BT.to(device), padded.read_N.to(device), head
+            )
         probabilities_NV = torch.softmax(logits_NV.detach().float(), dim=-1).cpu()
         drawn_N = torch.multinomial(probabilities_NV, 1, generator=generator)[:, 0].to(device)
         total = token_log_probs(logits_NV, drawn_N).sum()

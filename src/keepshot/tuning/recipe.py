@@ -85,7 +85,7 @@ class Recipe(Spec):
     steps: PositiveInt | None = None
     """Optimiser steps; left out, what `epochs` gives."""
     epochs: PositiveFloat = 3.0
-    """Passes over the data, where `steps` is left out."""
+    """Passes over the data, where `steps` is left out; what a `mix` term adds does not count."""
     batch_size: PositiveInt = 16
     """Samples in each step, apart from a KL term's prompts."""
     max_length: PositiveInt | None = None
@@ -146,16 +146,20 @@ class Recipe(Spec):
 
     def _check_room(self) -> None:
         """Refuse a mix that leaves nothing of a batch to some of the data."""
-        term = find_term(self.keep, Mix)
-        taken = sum(term.counts(self.batch_size)) if term else 0
-        left, least = self.batch_size - taken, len(self.data_shares or (1.0,))
+        left, least = self._num_of_target(), len(self.data_shares or (1.0,))
         if left < least:
             what = "the target" if least == 1 else f"{least} data sets"
+            taken = self.batch_size - left
             beside = f" beside {taken} samples of the mix term" if taken else ""
             raise ValueError(
                 f"batch_size {self.batch_size} leaves no room for {what}{beside}; raise it or "
                 "lower the shares"
             )
+
+    def _num_of_target(self) -> int:
+        """Return how many samples of a batch are the target's own."""
+        term = find_term(self.keep, Mix)
+        return self.batch_size - (sum(term.counts(self.batch_size)) if term else 0)
 
     def _check_fsdp(self) -> None:
         """Refuse what reads or holds single weights while they are divided among processes."""
@@ -177,7 +181,7 @@ class Recipe(Spec):
         """Return this recipe with learning rate and steps filled in for `num_rows` samples."""
         rate = self.learning_rate or default_learning_rate(self.method)
         least = self.auto.least_steps if self.auto else 1
-        steps = self.steps or max(least, round(self.epochs * num_rows / self.batch_size))
+        steps = self.steps or max(least, round(self.epochs * num_rows / self._num_of_target()))
         return self.model_copy(update={"learning_rate": rate, "steps": steps})
 
 

@@ -131,7 +131,8 @@ def _try(work: Work, rate: float, steps: int, target_loss: Callable[[], float]) 
     try:
         with seeded(recipe.seed):
             run(loop, [], Silent())
-        with torch.no_grad():
+        precision = torch.autocast(work.head.weight.device.type, torch.bfloat16, recipe.bf16)
+        with torch.no_grad(), precision:
             held = [
                 term.weight_at(0) * float(term(prepared.module, steps + number, work.head))
                 for term in terms

@@ -24,7 +24,7 @@ from keepshot.progress import Progress
 from keepshot.tuning.adapters import detach_
 from keepshot.tuning.batch import Sample, Source, schedule
 from keepshot.tuning.guard import ICLGuard
-from keepshot.tuning.loop import Loop, StepTerm, run
+from keepshot.tuning.loop import Loop, StepTerm, num_processes, run
 from keepshot.tuning.method_specs import ProMoT, PromptTuning, prompt_tokens
 from keepshot.tuning.methods import Prepared, prepare, seeded, with_prompt
 from keepshot.tuning.recipe import Recipe
@@ -169,11 +169,13 @@ def _train_prompt(work: Work, method: ProMoT, progress: Progress) -> Done:
     """Run the first stage, or take what it left in an earlier start of the same run."""
     # Each batch is of the target alone: nothing else is read under a prompt.
     target = work.sources[: work.num_target]
+    batch_size = sum(source.count for source in target)
     recipe = work.recipe.model_copy(
         update={
             "steps": method.prompt_steps,
             "learning_rate": method.prompt_learning_rate,
-            "batch_size": sum(source.count for source in target),
+            "batch_size": batch_size,
+            "accumulate": _parts(batch_size, work.recipe.accumulate),
         }
     )
     prepared = prepare(PromptTuning(tokens=method.tokens), work.module, recipe.seed)
@@ -188,6 +190,22 @@ def _train_prompt(work: Work, method: ProMoT, progress: Progress) -> Done:
         return replace(done, failure=TrainingError(f"the soft prompt's stage, {words}"))
     _keep(work, done)
     return done
+
+
+def _parts(batch_size: int, wanted: int) -> int:
+    """Return in how many equal parts a batch goes through the model: as many as wanted, or more.
+
+    Raises:
+        ConfigError: if the batch cannot be divided among the processes.
+    """
+    own, left = divmod(batch_size, num_processes())
+    if left:
+        raise ConfigError(
+            f"promot: the soft prompt's stage learns the target alone, {batch_size} samples of "
+            f"each batch, which cannot be divided among {num_processes()} processes; change "
+            "batch_size or the shares of the mix term, so that they can"
+        )
+    return next(count for count in range(min(wanted, own), own + 1) if own % count == 0)
 
 
 def _keep(work: Work, done: Done) -> None:

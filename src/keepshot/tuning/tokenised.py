@@ -20,7 +20,7 @@ from keepshot.tasks.source import Row
 from keepshot.tasks.task import Task
 from keepshot.tuning.anchors import draw_prompts
 from keepshot.tuning.batch import Sample
-from keepshot.tuning.data import Encoded, encode_rows
+from keepshot.tuning.data import Encoded, encode_rows, encode_usable
 from keepshot.tuning.keep import EWC, KL, OWN, FewShot, Mix, SelfDistil, anchor_names, find_term
 from keepshot.tuning.method_specs import prompt_tokens
 from keepshot.tuning.mixture import (
@@ -95,21 +95,18 @@ def tokenise(
     searched = _by_origin(recipe, examples, extra.origins)
     named = _with_held_out(recipe, searched, validation, extra)
     general = _general(recipe, model, extra)
-    encoded, mixture = _mixed(recipe, model, named, anchors, general, template)
-    held_out = None
-    if validation:
-        held = learned_rows(recipe, validation, examples, template, recipe.data)
-        asked = [
-            (name, _encode(recipe, model, rows, template, f"{name}, held out"))
-            for name, rows in _by_origin(recipe, held, extra.held_out_origins)
-            if rows
-        ]
-        held_out = _joined(
-            [replace(part, samples=_prompted(model, part, name)) for name, part in asked]
-        )
-    without = mixture
+    held = _held_out(recipe, model, examples, validation, extra)
+    encoded, without = _mixed(recipe, model, searched, held, anchors, general, template)
+    mixture = without
     if named is not searched:
-        _, without = _mixed(recipe, model, searched, anchors, general, template)
+        encoded, mixture = _mixed(recipe, model, named, (), anchors, general, template)
+    held_out = _joined([replace(part, samples=_prompted(model, part, name)) for name, part in held])
+    if recipe.auto and validation and not held_out.samples:
+        raise ConfigError(
+            f"auto: none of the {len(validation)} held-out rows can be used within max_length "
+            f"{limit}, so nothing can be chosen on them; raise it, or give another `seed`, by "
+            "which others are held out"
+        )
     prompts: dict[str, list[Sample]] = {}
     for term in recipe.keep:
         if isinstance(term, KL | EWC):
@@ -120,7 +117,34 @@ def tokenise(
             prompts[term.name] = auxiliary_samples(
                 model, term, examples, template, max_length=limit, seed=recipe.seed
             )
-    return Tokenised(encoded, held_out, mixture, without, prompts)
+    return Tokenised(encoded, held_out if held_out.samples else None, mixture, without, prompts)
+
+
+def _held_out(
+    recipe: Recipe,
+    model: LanguageModel,
+    examples: Sequence[Row],
+    validation: Sequence[Row],
+    extra: Extra,
+) -> list[tuple[str, Encoded]]:
+    """Return what can be used of the held-out rows, by data set; nothing if there are none."""
+    if not validation:
+        return []
+    template, limit = extra.template, _limit(recipe, model)
+    rows = learned_rows(recipe, validation, examples, template, recipe.data)
+    named = _by_origin(recipe, rows, extra.held_out_origins)
+
+    def usable(name: str, part: Sequence[Row]) -> Encoded:
+        return encode_usable(
+            model,
+            part,
+            template=template,
+            max_length=limit,
+            long_rows=recipe.long_rows,
+            source=name,
+        )
+
+    return [(name, usable(name, part)) for name, part in named]
 
 
 def _with_held_out(
@@ -138,15 +162,20 @@ def _mixed(
     recipe: Recipe,
     model: LanguageModel,
     named: Sequence[tuple[str, Sequence[Row]]],
+    held: Sequence[tuple[str, Encoded]],
     anchors: Sequence[Task],
     general: Sequence[Sample],
     template: Template,
 ) -> tuple[Encoded, Mixture]:
-    """Return the data sets' samples, and the sources of batches that are made of them."""
+    """Return the data sets' samples, and the sources of batches that are made of them.
+
+    What is left of a data set is judged together with what was held out of it.
+    """
     parts: list[tuple[str, Encoded]] = []
+    beside = dict(held)
     for name, rows in named:
         learned = learned_rows(recipe, rows, rows, template, name)
-        parts.append((name, _encode(recipe, model, learned, template, name)))
+        parts.append((name, _encode(recipe, model, learned, template, name, beside.get(name))))
     added = find_term(recipe.keep, Mix)
     few_shot: list[tuple[str, list[Sample]]] = []
     if added is not None and added.icl_share > 0.0:
@@ -204,7 +233,12 @@ def _limit(recipe: Recipe, model: LanguageModel) -> int:
 
 
 def _encode(
-    recipe: Recipe, model: LanguageModel, rows: Sequence[Row], template: Template, source: str
+    recipe: Recipe,
+    model: LanguageModel,
+    rows: Sequence[Row],
+    template: Template,
+    source: str,
+    held_out: Encoded | None = None,
 ) -> Encoded:
     return encode_rows(
         model,
@@ -214,6 +248,7 @@ def _encode(
         long_rows=recipe.long_rows,
         most_unanswered=recipe.most_unanswered,
         source=source,
+        held_out=held_out,
     )
 
 

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, assert_never
 
+import torch
+
 from keepshot.models.loading import LanguageModel
 from keepshot.outputs import write_text
 from keepshot.progress import Progress, Silent
@@ -171,7 +173,9 @@ def _before(recipe: Recipe, model: LanguageModel, data: Tokenised, head: Any) ->
     for term in recipe.keep:
         match term:
             case KL():
-                pool = cache_teacher(model, data.prompts[term.name], term, head=head)
+                # In the precision of training, so that both read the same at the start.
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.bf16):
+                    pool = cache_teacher(model, data.prompts[term.name], term, head=head)
                 terms.append(AnchorKL(term.name, term.weight, pool, term.direction, recipe.seed))
             case FewShot():
                 prompts = data.prompts[term.name]
