@@ -20,10 +20,12 @@ from keepshot.blending.planning import Writing
 from keepshot.blending.sweep import rescale_adapter
 from keepshot.blending.write import verify, write
 from keepshot.errors import ModelError
+from keepshot.models.adapter import merge_adapter
 from keepshot.models.loading import LanguageModel
 
 Build = Callable[..., LanguageModel]
 LAMS = [0.0, 0.3, 0.5, 1.0, 1.2, -0.2]
+WEIGHTS = "adapter_model.safetensors"
 LLAMA = ["q_proj", "down_proj"]
 CONFIGS = {
     "lora": ("llama", LoraConfig(r=4, lora_alpha=12, target_modules=LLAMA)),
@@ -99,6 +101,45 @@ def test_on_disk_and_in_memory_it_is_the_path_between_base_and_merged(
     assert not torch.allclose(first, whole, atol=1e-2)
     torch.testing.assert_close(adapted(tmp_path / "out0")(ids).logits, first, rtol=1e-4, atol=1e-4)
     assert torch.equal(adapted(tmp_path / "out3")(ids).logits, whole)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], ["q_proj", "lm_head"]])
+def test_what_is_written_of_adapted_embeddings_or_head_is_loaded(
+    targets: list[str], fresh_pico: Build, tmp_path: Path
+) -> None:
+    """Beside the factors peft stores the base's own embeddings, and they were taken for odd."""
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=targets)
+    adapted = get_peft_model(fresh_pico("llama").module, config)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = fresh_pico("llama").module
+    base.save_pretrained(tmp_path / "base")
+    write(tmp_path / "base", tmp_path / "adapter", 0.4, tmp_path / "out")
+    assert any(".base_layer." in name for name in load_file(tmp_path / "out" / WEIGHTS))
+    start, end = base.state_dict(), merged(adapted)
+    found = merge_adapter(fresh_pico("llama").module, tmp_path / "out", "base").state_dict()
+    for name, weight in start.items():
+        expected = weight.double() + 0.4 * (end[name].double() - weight.double())
+        torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=2e-6)
+    other = fresh_pico("llama", seed=1).module
+    with pytest.raises(ModelError, match=f"holds '.*{targets[1]}.weight' beside its factors"):
+        merge_adapter(other, tmp_path / "out", "other")
+
+
+def test_an_adapter_of_a_tied_head_is_of_no_other_base(fresh_pico: Build, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    trained(fresh_pico("qwen2"), config).save_pretrained(tmp_path / "adapter")
+    fresh_pico("qwen2").module.save_pretrained(tmp_path / "base")
+    with pytest.raises(
+        ModelError, match=r"(?s)'lm_head'.* untie the base first.* merge the adapter"
+    ):
+        write(tmp_path / "base", tmp_path / "adapter", 0.4, tmp_path / "out")
+    with pytest.raises(ModelError, match=r"is tied to 'model.embed_tokens.weight'.*untie the base"):
+        merge_adapter(fresh_pico("qwen2").module, tmp_path / "adapter", "base")
 
 
 def test_a_dora_adapter_of_16_bits_is_rounded_as_asked(fresh_pico: Build, tmp_path: Path) -> None:

@@ -95,6 +95,19 @@ def test_every_task_is_drawn_with_its_own_scores() -> None:
     assert {"x": 0.5} not in values(tasks_along_chart(document(lam=None)))
 
 
+def test_tasks_are_sorted_by_their_loss_from_the_base_also_where_a_path_begins_below_it() -> None:
+    shares = {-0.5: (4, 18), 0.0: (18, 16), 1.0: (8, 14)}  # questions right, of two tasks
+    found = {
+        at: [item(at, n, n < right, task=task) for task, right in zip("ab", own, strict=True)
+             for n in range(20)]
+        for at, own in shares.items()
+    }  # fmt: skip
+    points = path_points(found, found[0.0], target=None, split="validation")
+    chart = tasks_along_chart(document().model_copy(update={"path": points}))
+    assert chart is not None
+    assert [panel["title"]["text"] for panel in chart.to_dict()["concat"]] == ["a", "b"]
+
+
 def test_conduct_is_the_documents() -> None:
     drawn = values(conduct_chart(document()))
     failures = {row["x"]: row["y"] for row in drawn if row.get("kind") == "no possible answer"}
@@ -185,4 +198,4 @@ def test_the_page_holds_them_all(tmp_path: Path) -> None:
     for name in ("tasks-along", "conduct", "trajectory"):
         assert (tmp_path / "one" / "figures" / f"{name}-narrow.svg").is_file()
     both = compare([tmp_path / "one", tmp_path / "two"], tmp_path / "both").read_text("utf-8")
-    assert "Every path against its own tuned model" in both
+    assert "Every path against its own &lambda; = 1" in both

@@ -13,7 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from keepshot.blending.reshape import (
     intruders,
@@ -145,6 +147,68 @@ def test_lore_of_different_ranks_keeps_a_scale_of_1(fresh_pico: Build, tmp_path:
                                    rtol=1e-4)  # fmt: skip
     with pytest.raises(ModelError, match="no linear layer differs"):
         write_lore(tmp_path / "0", tmp_path / "0", 0.6, tmp_path / "none")
+
+
+def mixture(directory: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1, vocab_size=40,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return directory
+
+
+def test_experts_are_pruned_and_what_is_not_is_told(tmp_path: Path) -> None:
+    """Experts are stored apart and held together, so that no live module has their names."""
+    ends = [mixture(tmp_path / str(seed), seed) for seed in (0, 1)]
+    report = write_changed(*ends, partial(prune, share=0.1), tmp_path / "out")
+    base, tuned, found = (read(tmp_path / name) for name in ("0", "1", "out"))
+    experts = [name for name in base if ".experts." in name]
+    assert len(experts) == 6
+    for name in experts:
+        assert torch.equal(found[name], prune(base[name], tuned[name], 0.1))
+    assert set(report.left_out) == {"lm_head.weight", "model.embed_tokens.weight"}
+    squares = {name: float((tuned[name] - base[name]).square().sum()) for name in base}
+    share = sum(squares[name] for name in report.left_out) / sum(squares.values())
+    assert report.share == pytest.approx(share)
+    lore = write_lore(*ends, 0.5, tmp_path / "adapter")
+    assert set(lore.left_out) >= {*experts, *report.left_out}
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_a_file_may_leave_out_the_outermost_module(
+    prefix: str, fresh_pico: Build, tmp_path: Path
+) -> None:
+    for seed in (0, 1):
+        fresh_pico("gpt2", seed=seed).module.save_pretrained(tmp_path / str(seed))
+        content = read(tmp_path / str(seed))
+        short = {f"{prefix}{n.removeprefix('transformer.')}": t for n, t in content.items()}
+        save_file(short, tmp_path / str(seed) / "model.safetensors", metadata={"format": "pt"})
+    report = write_changed(
+        tmp_path / "0", tmp_path / "1", partial(prune, share=0.1), tmp_path / "p"
+    )
+    assert {f"{prefix}wte.weight", f"{prefix}wpe.weight"} <= set(report.left_out)
+    assert not any("attn.c_attn.weight" in name for name in report.left_out)
+    found = write_lore(tmp_path / "0", tmp_path / "1", 0.5, tmp_path / "adapter")
+    assert "transformer.h.0.attn.c_attn" in found.ranks
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "0")
+    PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    write(tmp_path / "0", tmp_path / "adapter", 0.5, tmp_path / "half")
+
+
+def test_a_tied_copy_is_no_difference(fresh_pico: Build, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        fresh_pico("qwen2", seed=seed).module.save_pretrained(tmp_path / str(seed))
+    plain = write_lore(tmp_path / "0", tmp_path / "1", 0.5, tmp_path / "plain")
+    content = read(tmp_path / "1")
+    content["lm_head.weight"] = content["model.embed_tokens.weight"].clone()
+    save_file(content, tmp_path / "1" / "model.safetensors", metadata={"format": "pt"})
+    assert write_lore(tmp_path / "0", tmp_path / "1", 0.5, tmp_path / "copied") == plain
+    content["lm_head.weight"] += 1.0
+    save_file(content, tmp_path / "1" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"'lm_head\.weight' is in tuned and not in base"):
+        write_lore(tmp_path / "0", tmp_path / "1", 0.5, tmp_path / "odd")
 
 
 def test_a_changed_model_is_written_whole(fresh_pico: Build, tmp_path: Path) -> None:

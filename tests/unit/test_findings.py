@@ -276,8 +276,15 @@ def test_a_model_taught_to_write_stands_apart_where_what_it_wrote_failed():
     writers = items[(items["stage"] == "tuned") & (items["setting"] == "direct")].copy()
     writers = writers.assign(recipe="writes", samples="samplegen")
     tuned = items.assign(samples=np.where(items["stage"] == "tuned", "plain", None))
-    found = findings(pd.concat([tuned, writers], ignore_index=True), DOMAINS)
+    both = pd.concat([tuned, writers], ignore_index=True)
+    found = findings(both, DOMAINS)
     assert asked(found)[0].num_points == 16
+    frame = pairs(score_frame(both), shots=4, by_task=False)
+    assert found is not None
+    points = {point.model: (point.base, point.tuned) for point in found.comparisons[0].points}
+    assert len(frame) == 16, "and none of the pairs either"
+    for row in frame.itertuples():
+        assert (row.base, row.tuned) == pytest.approx(points[str(row.model)])
 
 
 def test_a_study_without_the_question_says_so():

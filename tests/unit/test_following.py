@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from keepshot.assets import AssetStore
+from keepshot.blending.sweep import sweep
 from keepshot.errors import ModelError, TaskError
 from keepshot.jobs.following import Follower
-from keepshot.judging.answers import answer_prompts, rendered, style_of
+from keepshot.judging.answers import Answer, answer_prompts, rendered, style_of
 from keepshot.judging.follow import Examiner, instruction_scores, load_set
 from keepshot.judging.policy import Following, Policy
-from keepshot.models.loading import LanguageModel
+from keepshot.models.loading import LanguageModel, outline, save
 from keepshot.progress import Silent
 from keepshot.records import InstructionRow, read_instructions, write_instructions
 from keepshot.scoring.engine import Engine
@@ -81,6 +82,34 @@ def test_truncated_answers_are_counted(pico_models: dict[str, LanguageModel]) ->
     answers = answer_prompts(pico_models["llama"], ["a", "b"], Policy(max_new_tokens=3))
     assert [a.prompt for a in answers] == ["a", "b"]
     assert all(a.truncated and len(a.text) <= 3 for a in answers)
+
+
+def test_a_path_ends_its_answers_as_the_tuned_model_does(
+    fresh_pico: Callable[..., LanguageModel], store: AssetStore, tmp_path: Path
+) -> None:
+    """Chat models end a turn with a token of their own, which the base does not count as an end.
+
+    The whole path ran on to the token limit after it, and so did the tuned arm at lambda 1.
+    """
+    base, tuned = fresh_pico("llama", seed=0), fresh_pico("llama", seed=1)
+    policy = Policy(max_new_tokens=12)
+    (endless,) = answer_prompts(fresh_pico("llama", seed=1), ["Say hi"], policy)
+    end = tuned.encode(endless.text)[2]
+    tuned.module.generation_config.eos_token_id = [1, end]
+    measured = answer_prompts(tuned, ["Say hi"], policy)
+    assert endless.truncated
+    assert (measured[0].truncated, len(measured[0].text)) == (False, 2)
+    save(tuned, tmp_path / "tuned")
+    light = outline(str(tmp_path / "tuned"), store)
+    state = tuned.module.state_dict()
+    for chat in (tuned, light):
+
+        def ask(_lam: float, chat: LanguageModel = chat) -> list[Answer]:
+            return answer_prompts(base, ["Say hi"], policy, chat=chat)
+
+        [(_, asked)] = sweep(base, state, [1.0], ask)
+        assert asked == measured
+    assert light.eos_ids == tuned.eos_ids
 
 
 def test_rows_and_scores_of_one_model(

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from coloured import write_colours
 from command import status
-from keepshot.assets import AssetStore
+from keepshot.assets import AssetStore, sha256_of
 from keepshot.models.checkpoint import TensorReader
 from keepshot.models.loading import LanguageModel, load, save
 from keepshot.records import ResultDocument, read_items
@@ -301,7 +301,14 @@ def test_a_difference_is_made_smaller_before_it_is_blended(
     place = workplace / "new"
     blend = ("blend", "base", "other", "--lambda", "0.5", "--out", "new", "--overwrite")
     assert status(*blend, "--set", "reduce=prune:0.25") == 0
-    assert json.loads((place / "keepshot.json").read_text("utf-8"))["tuned"] == "other, prune:0.25"
+    record = json.loads((place / "keepshot.json").read_text("utf-8"))
+    assert record["tuned"] == "other, prune:0.25"
+    assert record["notes"][0].startswith("2 tensors with 0.")
+    assert record["notes"][0].endswith(
+        "of the squared difference were not reduced: embeddings, the head, and what is no matrix"
+    )
+    originals = {"model.safetensors": sha256_of(workplace / "other" / "model.safetensors")}
+    assert record["tuned_sha256"] == originals  # not of what was made on the way
     with (
         TensorReader(place) as new,
         TensorReader(workplace / "base") as base,
@@ -315,7 +322,7 @@ def test_a_difference_is_made_smaller_before_it_is_blended(
     assert status(*blend, "--set", "reduce=lore:0.5") == 0
     record = json.loads((place / "keepshot.json").read_text("utf-8"))
     assert record["notes"][0].startswith("the adapter reproduces 0.")
-    assert "tensors that no LoRA matrix can say" in (place / "README.md").read_text("utf-8")
+    assert "tensors that no linear layer holds" in (place / "README.md").read_text("utf-8")
     factors = TensorReader(place)
     assert all(".lora_" in name for name in factors.names)
     assert status("measure", "new", "--tasks", "addition", "--limit", "2", "--seeds", "1") == 0
@@ -443,6 +450,9 @@ def test_blend_writes_one_point_and_sweeps_a_path(
     kinds = [*arguments, "--no-check", "--pick", "best-icl"]
     rule = ["--sweep", "0.5,1", "--set", "rule.kinds.mlp=0", "--out", "frozen"]
     assert status("blend", "other", "base", *kinds, *rule) == 0
+    capsys.readouterr()
+    assert status("blend", "other", "base", *kinds, *target, *rule[:-1], "kept") == 2
+    assert "keeps a share of what the tuned model does" in capsys.readouterr().err
     put_back = ["--sweep", "0", "--restore", "kinds", "--out", "restored"]
     assert status("blend", "other", "base", *kinds, *put_back) == 0
     document = ResultDocument.read(workplace / "restored")

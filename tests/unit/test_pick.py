@@ -93,10 +93,10 @@ def test_no_lambda_does_this() -> None:
 
 def test_a_tuned_model_that_scores_nothing_keeps_nothing() -> None:
     scores = {0.0: (0.5, 0.0), 1.0: (0.1, 0.0)}
-    for rule in (KeepTarget(), Weighted()):
+    for rule, what in ((KeepTarget(), "the tuned model"), (Weighted(), "lambda 1")):
         record = pick(path(scores), rule)
         assert record.lam is None
-        assert "the tuned model scores 0 on the target" in record.reason
+        assert f"{what} scores 0 on the target" in record.reason
 
 
 def test_keep_target_extrapolates_if_asked_to() -> None:
@@ -107,8 +107,8 @@ def test_keep_target_extrapolates_if_asked_to() -> None:
 def test_knee_is_furthest_outside_the_line() -> None:
     record = pick(path(DAMAGED), Knee())
     assert record.lam == 0.2  # (.71-.06)/.70 + .94 - 1 = .869; at .1: .649; at .5: .671
-    assert "keeps 93% of the few-shot score that tuning lost" in record.reason
-    assert "94% of the target score that tuning gained" in record.reason
+    assert "keeps 93% of the few-shot score lost between these" in record.reason
+    assert "94% of the target score gained" in record.reason
 
 
 def test_knee_of_a_straight_or_sagging_path_is_none() -> None:
@@ -188,6 +188,13 @@ def test_what_a_rule_needs_is_checked_before_measuring() -> None:
     with pytest.raises(ConfigError, match="the base, but lambda 0 is not in the sweep"):
         check_rule(Knee(), [0.5, 1.0], has_target=True)
     check_rule(Weighted(), [0.5, 1.0], has_target=True)
+    for by_share in ("keep-target:0.9", "keep-following:0.9", "best-worst:0.9"):
+        with pytest.raises(ConfigError, match=r"not on the path .* pick by knee"):
+            check_rule(parse_rule(by_share), [0.0, 1.0], True, True, by_factors=True)
+    for other in ("knee", "weighted:1", "no-loss", "best-icl"):
+        check_rule(parse_rule(other), [0.0, 1.0], True, True, by_factors=True)
+    with pytest.raises(ConfigError, match="the end of the path, but lambda 1 is not in the sweep"):
+        check_rule(Knee(), [0.0, 0.5], True, by_factors=True)
     with pytest.raises(ConfigError, match="name one with --target"):
         pick(path({0.0: (0.5, None), 1.0: (0.5, None)}), KeepTarget())
 
@@ -284,10 +291,12 @@ def measured(shares: dict[float, tuple[float, float]], count: int) -> dict[float
     return rows
 
 
-def choice(shares: dict[float, tuple[float, float]], count: int):
+def choice(
+    shares: dict[float, tuple[float, float]], count: int, rule: KeepTarget | Weighted | None = None
+):
     rows = measured(shares, count)
     points = path_points(rows, rows[0.0], target="target", split="validation")
-    rule = KeepTarget(share=0.9)
+    rule = rule or KeepTarget(share=0.9)
     resampled = resample_path(rows, target="target")
     return with_interval(pick(points, rule), points, resampled, rule)
 
@@ -307,6 +316,14 @@ def test_the_interval_of_a_close_choice_covers_both() -> None:
     assert 0.3 < (record.share_same or 0.0) < 0.9
     again = choice({0.0: (0.9, 0.0), 0.4: (0.8, 0.82), 0.6: (0.7, 0.9), 1.0: (0.2, 0.9)}, 100)
     assert again == record
+
+
+def test_retention_is_counted_from_the_base_where_a_path_begins_below_it() -> None:
+    """The lowest lambda was taken for the base: most resamples then chose another lambda."""
+    shares = {-0.5: (0.55, 0.1), 0.0: (0.9, 0.2), 0.5: (0.82, 0.6), 1.0: (0.55, 0.95)}
+    record = choice(shares, 400, Weighted(weight=1.0))
+    assert record.lam == 0.5
+    assert record.lambda_ci95 == (0.5, 0.5)
 
 
 def test_points_name_the_tasks_that_are_significantly_below_the_base() -> None:

@@ -463,6 +463,10 @@ def test_headline_of_less_usual_runs(run: Run) -> None:
     no_pick = of_rows().model_copy(update={"path": run.document.path, "pick": none})
     assert "the most on the path above 0 is" in headline(no_pick)
     assert headline(no_pick).endswith("No lambda was picked: the path is flat.")
+    assert headline(no_pick).startswith("At lambda = 1 the model has ")
+    beyond = [p.model_copy(update={"lam": p.lam + 0.5}) for p in run.document.path if p.lam == 1.0]
+    further = no_pick.model_copy(update={"path": [*run.document.path, *beyond]})
+    assert headline(further).startswith("At lambda = 1 the model has ")
 
 
 def test_report_of_measured_models_without_target_path_or_items(tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from keepshot.blending.arithmetic import RowLambda
-from keepshot.blending.blend import same_bits
+from keepshot.blending.blend import blend, same_bits
 from keepshot.blending.parts import check_covers, parts_of, parts_of_directory
 from keepshot.blending.rules import LambdaMap, LambdaRule, Part, by_part, restoring, shares
 from keepshot.blending.sweep import sweep
@@ -19,6 +20,7 @@ from keepshot.errors import ConfigError
 from keepshot.models.anatomy import anatomy
 from keepshot.models.checkpoint import TensorReader
 from keepshot.models.loading import LanguageModel
+from keepshot.models.shards import open_checkpoint
 from pico import PICO_CONFIGS
 
 Build = Callable[..., LanguageModel]
@@ -163,6 +165,26 @@ def test_disk_and_memory_agree_under_a_rule(family: str, fresh_pico: Build, tmp_
         assert [name for name in live if not same_bits(copies[name], live[name])] == []
 
     sweep(ends[0], state, [0.5], compare, lambda lam: by_part(mixed, lam, parts))
+
+
+def test_a_tied_copy_that_is_stored_goes_by_the_rule_of_its_weight(
+    fresh_pico: Build, tmp_path: Path
+) -> None:
+    for name, seed in (("base", 0), ("tuned", 1)):
+        fresh_pico("qwen2", seed=seed).module.save_pretrained(tmp_path / name)
+        file = tmp_path / name / "model.safetensors"
+        content = load_file(file)
+        content["lm_head.weight"] = content["model.embed_tokens.weight"].clone()
+        save_file(content, file, metadata={"format": "pt"})
+    parts = parts_of_directory(tmp_path / "base")
+    stored = open_checkpoint(tmp_path / "base").tensors
+    check_covers(parts, stored, tmp_path / "base")
+    lookup = by_part(rule(kinds={"embeddings": 0.25, "other": 0.5}), 1.0, parts)
+    write(tmp_path / "base", tmp_path / "tuned", lookup, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    base, tuned = (load_file(tmp_path / n / "model.safetensors") for n in ("base", "tuned"))
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert torch.equal(found[name], blend(base[name], tuned[name], 0.25))
 
 
 def test_rows_of_a_fused_projection_may_lie_apart() -> None:

@@ -122,7 +122,8 @@ def test_streamed_is_in_memory_is_the_oracle_within_one_rounding(pair, layouts, 
         if not origin.is_floating_point():
             assert torch.equal(out, end)
             continue
-        assert out.dtype == blended_dtype(origin.dtype, end.dtype, lam)
+        # Under a rule copies, too, have the wider dtype.
+        assert out.dtype == blended_dtype(origin.dtype, end.dtype, 0.5)
         expected = torch.empty_like(out)
         blend_(expected, origin, end, lam)
         assert same_bits(out, expected), name
@@ -339,6 +340,29 @@ def test_one_sided_tensors_are_carried_by_rule_only(tmp_path: Path) -> None:
     assert len([note for note in record.notes if "alone" in note]) == 2
 
 
+@pytest.mark.parametrize("one_sided", ["refuse", "carry"])
+def test_what_is_mostly_of_one_side_is_no_blend(one_sided, tmp_path: Path) -> None:
+    """GPT-2 lies on the hub without the prefix that saving it again puts before every name.
+
+    Carried over, the tuned model as it is was written as the blend at lambda 0.5.
+    """
+    plain = {"h.w": torch.zeros(3), "h.ln.w": torch.ones(2), "wte": torch.zeros(5)}
+    longer = {f"model.{name}": tensor + 1.0 for name, tensor in plain.items()}
+    longer["lm_head"] = torch.ones(5)
+    short, long = save(plain, tmp_path / "short", 1), save(longer, tmp_path / "long", 1)
+    options = Writing(one_sided=one_sided)
+    for ends in ((short, long), (long, short)):
+        with pytest.raises(
+            ModelError, match=r"begin with 'model\.' in .*long and without"
+        ) as error:
+            write(*ends, 0.5, tmp_path / "no", options)
+        assert "carry" not in str(error.value)
+    few = save({"h.w": torch.zeros(3), "x": torch.zeros(8)}, tmp_path / "few", 1)
+    with pytest.raises(ModelError, match="have 3 of 11 weights under one name"):
+        write(short, few, 0.5, tmp_path / "no", options)
+    assert not (tmp_path / "no").exists()
+
+
 def test_a_second_difference_is_added(tmp_path: Path) -> None:
     """RE-Adapt, arXiv 2405.15007, eq. 4: base + alpha * delta + beta * psi."""
     torch.manual_seed(4)
@@ -351,6 +375,30 @@ def test_a_second_difference_is_added(tmp_path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     assert record.realised.overall == pytest.approx(1.0, abs=1e-6)
     assert BlendRecord.read(tmp_path / "out") == record
+
+
+@pytest.mark.parametrize("last", ["embed", "w"])
+def test_a_second_difference_is_added_beside_new_vocabulary_rows(last: str, tmp_path: Path) -> None:
+    """Reading again looked for the new rows in the second model, which has none of them.
+
+    It then read past its file, or the next tensor's data, and threw the blend away.
+    """
+    torch.manual_seed(6)
+    shapes = {"embed": (40, 30), "w": (30, 7)}
+    shapes = {name: shapes[name] for name in sorted(shapes, key=lambda name: name == last)}
+    sides = [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(3)]
+    sides[1]["embed"] = torch.randn(60, 30)
+    ends = [
+        save(content, tmp_path / str(n), 1, vocab_size=len(content["embed"]))
+        for n, content in enumerate(sides)
+    ]
+    record = write(*ends[:2], 0.5, tmp_path / "out", Writing(second=(ends[2], 0.25)))
+    assert record.checked[0].startswith("2 tensors read again")
+    base, tuned, domain = (side["embed"].double() for side in sides)
+    expected = base + 0.5 * (tuned[:40] - base) + 0.25 * (domain - base)
+    found = read(tmp_path / "out")["embed"]
+    torch.testing.assert_close(found[:40].double(), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(found[40:], sides[1]["embed"][40:])
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])

@@ -6,11 +6,14 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, OFTConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from cases import FAMILIES
 from keepshot.blending.blend import blend, same_bits
@@ -18,6 +21,7 @@ from keepshot.blending.sweep import rescale_adapter, sweep, sweep_adapter
 from keepshot.errors import ConfigError, ModelError
 from keepshot.models.checkpoint import TensorReader
 from keepshot.models.loading import LanguageModel, save
+from pico import character_tokenizer
 
 LAMS = (0.0, 0.1, 0.5, 0.9, 1.0, 1.2)
 Build = Callable[..., LanguageModel]
@@ -259,6 +263,42 @@ def test_streaming_from_disk_is_the_same_path(
         assert lam == seen
         assert_same_bits(state, expected)
     assert_same_bits(snapshot(model), base)
+
+
+def test_experts_that_are_stored_apart_are_not_streamed(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1, vocab_size=40,
+    )  # fmt: skip
+    modules: list[Any] = [AutoModelForCausalLM.from_config(config) for _ in range(2)]
+    for number, module in enumerate(modules):
+        module.save_pretrained(tmp_path / str(number))
+    model = LanguageModel("m", modules[0], character_tokenizer(), "", tmp_path / "0", 0, "float32")
+    with TensorReader(tmp_path / "0") as origin, TensorReader(tmp_path / "1") as end:
+        for base in (None, origin):
+            with pytest.raises(
+                ModelError, match=r"experts\..*not store it as .* leave `stream` out"
+            ):
+                sweep(model, end, [0.5], lambda _lam: None, base=base)
+
+
+def test_streaming_passes_over_what_no_model_uses(fresh_pico: Build, tmp_path: Path) -> None:
+    """Old checkpoints hold buffers, such as rotary frequencies, that are computed today."""
+    model, other = fresh_pico("llama", seed=0), fresh_pico("llama", seed=1)
+    expected = sweep(model, snapshot(other), LAMS, lambda _: snapshot(model))
+    for one, name in ((model, "base"), (other, "tuned")):
+        save(one, tmp_path / name)
+        file = tmp_path / name / "model.safetensors"
+        old = {**load_file(file), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+        save_file(old, file, metadata={"format": "pt"})
+    with TensorReader(tmp_path / "base") as origin, TensorReader(tmp_path / "tuned") as end:
+        found = sweep(model, end, LAMS, lambda _: snapshot(model), base=origin)
+        for (_, one), (_, two) in zip(expected, found, strict=True):
+            assert_same_bits(two, one)
+        with pytest.raises(
+            ModelError, match=r"inv_freq'.*the tuned model has it, the base has not"
+        ):
+            sweep(model, end, LAMS, lambda _: None)
 
 
 def test_streaming_reads_in_the_models_own_dtype(fresh_pico: Build, tmp_path: Path) -> None:

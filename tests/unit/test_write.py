@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -205,6 +206,57 @@ def test_dtype_is_converted_recorded_and_the_realised_lambda_told(
     assert any("lambda 0.1 was realised as" in note for note in record.notes) == (
         abs((record.realised.overall or 0.0) - 0.1) > 0.02
     )
+
+
+def test_what_rounding_loses_is_told_under_a_rule_and_of_a_sum_too(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    origin = {name: tensor.bfloat16() for name, tensor in tensors(pair[0]).items()}
+    noise = torch.Generator().manual_seed(0)
+
+    def narrow(content: dict[str, Tensor]) -> None:
+        content.update(origin)
+
+    def nudge(content: dict[str, Tensor]) -> None:
+        for name, start in origin.items():
+            step = 1e-4 * start.float() * torch.randn(start.shape, generator=noise)
+            content[name] = start.float() + step
+
+    rewrite(pair[0], narrow)
+    rewrite(pair[1], nudge)
+    coarse = {"dtype": "bfloat16"}
+
+    def told(name: str, lam: float | Callable[[str], float], **options: Any) -> list[str]:
+        notes = write(*pair, lam, tmp_path / name, Writing(**coarse, **options)).notes
+        return [note.partition(" was realised as ")[0] for note in notes if "realised" in note]
+
+    def rule(name: str) -> float:
+        return 0.3 if "mlp" in name else 0.0
+
+    frozen = told("frozen", lambda _name: 0.0)
+    by_name = told("rule", rule)
+    by_second = told("second", 0.3, second=(pair[1], 0.1))
+    assert (frozen, by_name) == ([], ["lambda 0.300 (the mean under the rule)"])
+    assert by_second == ["1 x the sum of both differences"]
+    wide = write(*pair, rule, tmp_path / "wide", Writing(dtype="float32"))
+    assert not any("realised" in note for note in wide.notes)
+
+
+def test_under_a_rule_all_tensors_have_the_wider_dtype(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Copies of two dtypes were loaded as one of them: the base's kept weights were rounded."""
+
+    def narrow(content: dict[str, Tensor]) -> None:
+        content.update({name: tensor.bfloat16() for name, tensor in content.items()})
+
+    rewrite(pair[1], narrow)
+    record = write(*pair, lambda name: 0.0 if "mlp" in name else 1.0, tmp_path / "out")
+    found, base, tuned = (tensors(d) for d in (tmp_path / "out", *pair))
+    assert record.dtype == "float32"
+    assert_same_bits(found, {n: base[n] if "mlp" in n else tuned[n].float() for n in base})
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["dtype"] == "float32"
 
 
 def test_lambda_may_be_a_function_of_the_name(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from keepshot.blending.arithmetic import Array, widen
+from keepshot.blending.companions import may_be_tied
 from keepshot.blending.stream import Files, same_bytes
 from keepshot.errors import ModelError
 from keepshot.models.shards import Checkpoint, StoredTensor, plan_shards
@@ -107,6 +108,7 @@ def check_adapts(adapter: Checkpoint, base: Checkpoint) -> dict[str, float | Non
         ModelError: naming the tensor that does not fit.
     """
     origins: dict[str, float | None] = {}
+    _check_modules(adapter, base)
     for name, tensor in adapter.tensors.items():
         module, role = _split(name)
         origins[name] = _ORIGINS.get(role or "")
@@ -116,11 +118,7 @@ def check_adapts(adapter: Checkpoint, base: Checkpoint) -> dict[str, float | Non
                 "lambda is not exact. Merge the adapter into its base and blend the two directories"
             )
         weight = _base_weight(module, base)
-        if weight is None:
-            raise ModelError(
-                f"{adapter.directory}: adapts {module!r}, which {base.directory} does not have; "
-                "this adapter was trained on another base"
-            )
+        assert weight is not None
         if role == "copy":
             # peft keeps a copy of an adapted embedding; one that was resized is no copy any more.
             if not same_bytes(tensor, base.tensors[weight]):
@@ -139,6 +137,26 @@ def check_adapts(adapter: Checkpoint, base: Checkpoint) -> dict[str, float | Non
                 f"{weight!r} {shape}; this adapter was trained on another base"
             )
     return origins
+
+
+def _check_modules(adapter: Checkpoint, base: Checkpoint) -> None:
+    """Check that the base has a weight of every adapted module."""
+    split = [_split(name) for name in adapter.tensors]
+    lacking = sorted({m for m, role in split if role and _base_weight(m, base) is None})
+    if not lacking:
+        return
+    # A tied weight is stored under one name, and there is one such pair.
+    if len(lacking) == 1 and may_be_tied(base.directory):
+        raise ModelError(
+            f"{adapter.directory}: adapts {lacking[0]!r}, which {base.directory} does not store "
+            "by itself; if it is tied to another weight, untie the base first\n"
+            "(load it, give its head a clone of the embeddings, set `tie_word_embeddings` in its "
+            "config to false, save it), then merge the adapter into it and blend the two"
+        )
+    raise ModelError(
+        f"{adapter.directory}: adapts {lacking[0]!r}, which {base.directory} does not have; "
+        "this adapter was trained on another base"
+    )
 
 
 def _split(name: str) -> tuple[str, str | None]:

@@ -64,7 +64,12 @@ def parts_of_directory(directory: Path) -> dict[str, tuple[Part, ...]]:
         raise ModelError(f"{directory}: {str(error).splitlines()[0]}") from None
     parts = parts_of(module)
     stored = stored_names(module).items()
-    return parts | {name: parts[live] for name, live in stored if live in parts}
+    parts |= {name: parts[live] for name, live in stored if live in parts}
+    # A tied copy may be stored too, under the name that the live module knows it by.
+    state: dict[str, torch.Tensor] = module.state_dict()
+    shared = {_place(state[name]): found for name, found in parts.items() if name in state}
+    tied = {n: shared[_place(t)] for n, t in state.items() if _place(t) in shared}
+    return tied | parts
 
 
 def check_covers(parts: Mapping[str, tuple[Part, ...]], names: Iterable[str], where: Path) -> None:
@@ -83,10 +88,14 @@ def stored_names(module: Any) -> dict[str, str]:
     Tensors that are stored otherwise than whole (fused here, apart there) are left out.
     """
     state: dict[str, torch.Tensor] = module.state_dict()
-    names = {(t.data_ptr(), t.shape): name for name, t in reversed(state.items())}
+    names = {_place(t): name for name, t in reversed(state.items())}
     stored: dict[str, torch.Tensor] = revert_weight_conversion(module, state)
-    found = {name: names.get((t.data_ptr(), t.shape)) for name, t in stored.items()}
+    found = {name: names.get(_place(t)) for name, t in stored.items()}
     return {name: name if name in state else live for name, live in found.items() if live}
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, torch.Size]:
+    return tensor.data_ptr(), tensor.shape
 
 
 def _rows(piece: WeightSlice, weight: torch.Tensor) -> tuple[int, ...] | None:

@@ -46,7 +46,7 @@ class KeepFollowing(Spec):
 
 
 class Knee(Spec):
-    """The lambda at which the path lies furthest outside the line from base to tuned."""
+    """The lambda at which the path lies furthest outside the line from lambda 0 to 1."""
 
     name: Literal["knee"] = "knee"
 
@@ -56,7 +56,7 @@ class Knee(Spec):
 
 
 class Weighted(Spec):
-    """The largest `weight` * (share of the tuned model's target score) + retention."""
+    """The largest `weight` * (share of the target score at lambda 1) + retention."""
 
     name: Literal["weighted"] = "weighted"
     weight: float = Field(default=1.0, gt=0.0, le=1000.0)
@@ -150,15 +150,33 @@ def parse_rule(text: str) -> AnyRule:
 
 
 def check_rule(
-    rule: AnyRule, lams: Sequence[float], has_target: bool, has_following: bool = False
+    rule: AnyRule,
+    lams: Sequence[float],
+    has_target: bool,
+    has_following: bool = False,
+    *,
+    by_factors: bool = False,
 ) -> None:
     """Check, before anything is measured, that a sweep can serve the rule.
 
+    Args:
+        rule: what will pick.
+        lams: those swept.
+        has_target: whether a target is measured.
+        has_following: whether instructions are put.
+        by_factors: lambda differs by tensor, so that the path does not lead to the tuned model.
+
     Raises:
-        ConfigError: if there is no target, or a lambda that the rule compares with is not swept.
+        ConfigError: if there is no target, or what the rule compares with is not swept.
     """
     if isinstance(rule, BestICL):
         return
+    if by_factors and isinstance(rule, KeepTarget | KeepFollowing | BestWorst):
+        raise ConfigError(
+            f"pick rule {str(rule)!r} keeps a share of what the tuned model does, which is not on "
+            "the path where lambda differs by block or kind (`rule`); "
+            "pick by knee, weighted:1, no-loss or best-icl, or leave `rule` out"
+        )
     if isinstance(rule, KeepFollowing) and not has_following:
         raise ConfigError(
             f"pick rule {str(rule)!r} weighs instructions followed; put some with --follow"
@@ -166,7 +184,8 @@ def check_rule(
     if not (has_target or isinstance(rule, KeepFollowing)):
         raise ConfigError(f"pick rule {str(rule)!r} weighs a target score; name one with --target")
     compared = isinstance(rule, Knee | BestWorst | NoLoss)
-    ends = {1.0: "the tuned model"} | ({0.0: "the base"} if compared else {})
+    end = "the end of the path" if by_factors else "the tuned model"
+    ends = {1.0: end} | ({0.0: "the base"} if compared else {})
     for needed, side in ends.items():
         if needed not in lams:
             raise ConfigError(
@@ -287,7 +306,8 @@ def _resampled_points(
 ) -> list[PathPoint]:
     """Return the points as one resample has them; what is significant is not resampled again."""
     icl, target = resampled.icl[number], resampled.target
-    ability = icl[0] - resampled.chance
+    # A path may begin below 0.
+    ability = icl[resampled.lams.index(0.0)] - resampled.chance
     return [
         point.model_copy(
             update={
@@ -383,7 +403,7 @@ def _knee(path: Sequence[PathPoint]) -> tuple[float | None, str]:
     gained, lost = _target(tuned) - _target(base), base.icl - tuned.icl
     if gained <= 0.0 or lost <= 0.0:
         what = "raise the target score" if gained <= 0.0 else "lower the few-shot score"
-        return None, f"no lambda does this: tuning did not {what}, so there is no trade-off to bend"
+        return None, f"no lambda does this: lambda 1 does not {what}, so no trade-off can bend"
 
     def outside(point: PathPoint) -> float:
         kept = (point.icl - tuned.icl) / lost
@@ -393,33 +413,33 @@ def _knee(path: Sequence[PathPoint]) -> tuple[float | None, str]:
     chosen = max(path, key=lambda point: (outside(point), _target(point), -point.lam))
     if outside(chosen) <= 1e-9:
         return None, (
-            "no lambda does this: the path from base to tuned nowhere beats the straight line "
+            "no lambda does this: the path from lambda 0 to 1 nowhere beats the straight line "
             "between them, so it has no knee"
         )
     kept = (chosen.icl - tuned.icl) / lost
     reached = (_target(chosen) - _target(base)) / gained
     return chosen.lam, (
-        f"lambda {chosen.lam:g} lies furthest outside the line from base to tuned: it keeps "
-        f"{kept:.0%} of the few-shot score that tuning lost ({_ability(chosen)}) with "
-        f"{reached:.0%} of the target score that tuning gained ({_target(chosen):.3f})"
+        f"lambda {chosen.lam:g} lies furthest outside the line from lambda 0 to 1: it keeps "
+        f"{kept:.0%} of the few-shot score lost between these ({_ability(chosen)}) with "
+        f"{reached:.0%} of the target score gained ({_target(chosen):.3f})"
     )
 
 
 def _weighted(path: Sequence[PathPoint], weight: float) -> tuple[float | None, str]:
-    tuned = _target(_at(path, 1.0))
-    if tuned <= 0.0:
-        return None, "no lambda does this: the tuned model scores 0 on the target"
+    end = _target(_at(path, 1.0))
+    if end <= 0.0:
+        return None, "no lambda does this: lambda 1 scores 0 on the target"
 
     def total(point: PathPoint) -> float:
         assert point.retention is not None
-        return weight * _target(point) / tuned + point.retention
+        return weight * _target(point) / end + point.retention
 
     if any(point.retention is None for point in path):
         return None, "no lambda does this: the base is at chance, so retention is not defined"
     chosen = max(path, key=lambda point: (total(point), _target(point), -point.lam))
     return chosen.lam, (
         f"lambda {chosen.lam:g} has the largest {weight:g} x target share + retention: "
-        f"{weight:g} x {_target(chosen) / tuned:.3f} + {chosen.retention:.3f} = {total(chosen):.3f}"
+        f"{weight:g} x {_target(chosen) / end:.3f} + {chosen.retention:.3f} = {total(chosen):.3f}"
     )
 
 

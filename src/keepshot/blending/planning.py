@@ -5,13 +5,14 @@ Reads headers and configs, and of the data only what must be equal. Nothing is g
 - a tensor on both sides is blended; its shape may differ in the rows of the vocabulary alone,
   where the rows that only the tuned side has are taken from it;
 - a tensor on one side is left out if it is a tied copy of another there; any other is refused, or,
-  if `one_sided` is "carry", taken from the tuned side and dropped from the base's.
+  if `one_sided` is "carry", taken from the tuned side and dropped from the base's. At least half
+  of the tuned weights must be on both sides, or what comes out would be no blend.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -45,7 +46,7 @@ class Writing:
 
     dtype: str | None = None
     """Of floating-point tensors: float32, bfloat16 or float16. None: what the inputs have, that
-    is base's at lambda 0, tuned's at 1, the wider of both in between."""
+    is base's at lambda 0, tuned's at 1, the wider of both in between and under a rule."""
     rounding: Rounding = "nearest"
     """Rounding to 16 bits; "stochastic" keeps the mean of small changes exact."""
     seed: int = 0
@@ -64,6 +65,8 @@ class Writing:
     again (see `keepshot.blending.reread`)."""
     names: tuple[str, ...] = ()
     """What the record calls base, tuned and `second`, if not by their directories."""
+    made_from: Path | None = None
+    """The directory whose sha256 the record has as tuned, if what is read was made from it."""
     overwrite: bool = False
     """Replace what lies at the output, and forget an unfinished try."""
     notes: tuple[str, ...] = ()
@@ -114,7 +117,7 @@ def plan_blend(
     if (base_dir / ADAPTER_CONFIG).exists():
         raise ModelError(f"{base_dir}: is an adapter; base must be a whole model")
     if not (tuned_dir / ADAPTER_CONFIG).exists():
-        return _plan_model(base_dir, tuned_dir, as_rule(lam), options)
+        return _plan_model(base_dir, tuned_dir, lam, options)
     if callable(lam) or options.dtype is not None or options.second is not None:
         raise ConfigError(
             f"{tuned_dir}: an adapter takes one lambda and keeps its dtype; "
@@ -163,7 +166,10 @@ def _plan_adapter(base_dir: Path, adapter_dir: Path, lam: float, scratch: Path) 
     return BlendPlan(inputs, tensors, is_adapter=True)
 
 
-def _plan_model(base_dir: Path, tuned_dir: Path, rule: LambdaRule, options: Writing) -> BlendPlan:
+def _plan_model(
+    base_dir: Path, tuned_dir: Path, given: float | LambdaRule, options: Writing
+) -> BlendPlan:
+    rule = as_rule(given)
     notes = compare_configs(base_dir, tuned_dir)
     inputs = {"base": open_checkpoint(base_dir), "tuned": open_checkpoint(tuned_dir)}
     second = _second_side(base_dir, inputs, options, notes)
@@ -187,10 +193,9 @@ def _plan_model(base_dir: Path, tuned_dir: Path, rule: LambdaRule, options: Writ
         if start.shape != end.shape:
             resized.check(start, end)
         sides = (Side(end, lam), *second(name, start))
-        kept = _blended_dtype(start, end, lam if len(sides) == 1 else 0.5)
+        # Under a rule some tensors are copies: all get one dtype, which none of them loses by.
+        kept = _blended_dtype(start, end, 0.5 if callable(given) or len(sides) > 1 else lam)
         tensors[name] = TensorPlan(name, _written(kept, options), end.shape, start, sides)
-    if not tensors:
-        raise ModelError(f"{base_dir} and {tuned_dir} have no tensor in common")
     notes += [note for end in reach if (note := check_lambda(end))]
     return BlendPlan(inputs, tensors, notes=(*notes, *resized.notes()))
 
@@ -224,12 +229,13 @@ def _one_sided(
 ) -> set[str]:
     """Return names that only the tuned side has and that are carried; note what is left out."""
     carried: set[str] = set()
+    _check_common(inputs["base"], inputs["tuned"])
     common = inputs["base"].tensors.keys() & inputs["tuned"].tensors.keys()
     tie_allowed = may_be_tied(tuned_dir)
     for side, other in (("base", "tuned"), ("tuned", "base")):
         found = inputs[side].tensors
         for name in sorted(found.keys() - common):
-            if tie_allowed and _is_copy(found, name, common):
+            if tie_allowed and is_copy(found, name, common):
                 notes.append(f"tensor {name!r} is stored by {side} alone, tied there: left out")
             elif options.one_sided == "refuse":
                 raise ModelError(
@@ -243,6 +249,37 @@ def _one_sided(
             else:
                 notes.append(f"tensor {name!r} is in base alone: left out")
     return carried
+
+
+def _check_common(base: Checkpoint, tuned: Checkpoint) -> None:
+    """Raise ModelError unless at least half of the tuned weights have the base's names."""
+    sizes = {name: tensor.num_elements for name, tensor in tuned.tensors.items()}
+    names = sizes.keys() & base.tensors.keys()
+    common = sum(sizes[name] for name in names)
+    if names and 2 * common >= sum(sizes.values()):
+        return
+    for first, second in ((base, tuned), (tuned, base)):
+        if prefix := _prefix(first.tensors.keys(), second.tensors.keys()):
+            raise ModelError(
+                f"names of tensors begin with {prefix!r} in {first.directory} and without it in "
+                f"{second.directory}, so there is nothing to blend; load the latter with "
+                "transformers, save it again, and blend that"
+            )
+    raise ModelError(
+        f"{base.directory} and {tuned.directory} have {common} of {sum(sizes.values())} weights "
+        "under one name; only two models of one architecture, stored alike, can be blended"
+    )
+
+
+def _prefix(longer: Collection[str], shorter: Collection[str]) -> str | None:
+    """Return what stands before names in `longer` that `shorter` has without it, if it is one."""
+    longer, shorter = set(longer) - set(shorter), set(shorter) - set(longer)
+    if not longer or not shorter:
+        return None
+    probe = max(sorted(shorter), key=len)
+    found = sorted(name.removesuffix(probe) for name in longer if name.endswith(probe))
+    fitting = (p for p in found if {p + name for name in shorter} <= longer)
+    return next(fitting, None)
 
 
 class _Vocabulary:
@@ -277,7 +314,7 @@ class _Vocabulary:
         return [*self._notes, *self._resized]
 
 
-def _is_copy(found: Mapping[str, StoredTensor], name: str, among: Sequence[str] | set[str]) -> bool:
+def is_copy(found: Mapping[str, StoredTensor], name: str, among: Sequence[str] | set[str]) -> bool:
     """Tell whether a tensor is stored twice in a checkpoint, as tied weights can be."""
     return any(same_bytes(found[name], found[other]) for other in sorted(among))
 

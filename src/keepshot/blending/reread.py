@@ -89,7 +89,10 @@ def _oracle(files: Files, plan: TensorPlan, start: int, stop: int) -> tuple[Arra
         base[blended:] = tuned[blended:]  # rows that the base does not have
     total, size = base.copy(), np.abs(base)
     for side in plan.sides:
-        end = tuned if side is plan.sides[0] else _values(files, side.tensor, start, stop)
+        end = tuned
+        if side is not plan.sides[0]:  # of the base's shape, without rows that tuned alone has
+            end = base.copy()
+            end[:blended] = _values(files, side.tensor, start, start + blended)
         part = _factor(side.lam, start, stop, plan.shape) * (end - base)
         part[blended:] = 0.0
         total += part

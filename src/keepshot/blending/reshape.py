@@ -1,8 +1,8 @@
 """Differences between two models made smaller: truncated, pruned, or freed of intruders.
 
 Pure functions on one weight matrix at a time, and the tuned model they make, written as a model
-or as a LoRA adapter with one tensor at a time in memory. Which tensors are matrices of linear
-layers is read off the model's structure, not its names.
+or as a LoRA adapter with one tensor at a time in memory. Which tensors are embeddings, the head or
+matrices of linear layers is read off the model's structure, not its names.
 Sources: LoRE, arXiv 2405.15007 (RE-Adapt); FAPM, arXiv 2509.08255; intruder dimensions,
 arXiv 2410.21228.
 """
@@ -22,10 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from keepshot.blending.blend import check_pair
-from keepshot.blending.companions import compare_configs, copy_companions
+from keepshot.blending.companions import compare_configs, copy_companions, may_be_tied
+from keepshot.blending.planning import is_copy
 from keepshot.errors import ConfigError, ModelError
 from keepshot.models.checkpoint import DTYPES, TensorReader
-from keepshot.models.shards import index_text, plan_shards
+from keepshot.models.shards import index_text, open_checkpoint, plan_shards
 from keepshot.outputs import building_directory
 
 Change = Callable[[Tensor, Tensor], Tensor]
@@ -37,6 +38,16 @@ _SMALL = 1e-12
 
 
 @dataclass(frozen=True)
+class ChangeReport:
+    """What a change of matrices left as the tuned model has it."""
+
+    left_out: tuple[str, ...]
+    """Tensors that tuning changed and that are no matrices: embeddings, head, norms, biases."""
+    share: float
+    """How much of the squared difference over all tensors these hold."""
+
+
+@dataclass(frozen=True)
 class LoreReport:
     """What a LoRE adapter holds: the rank by module, and what it leaves out."""
 
@@ -44,20 +55,24 @@ class LoreReport:
     explained: float
     """Share of the squared difference over all tensors that the adapter reproduces."""
     left_out: tuple[str, ...]
-    """Tensors that tuning changed and that no LoRA matrix can say: norms, embeddings, biases."""
+    """Tensors that tuning changed and that belong to no linear layer: norms, embeddings, experts
+    that are held together."""
 
 
-def write_changed(base_dir: Path, tuned_dir: Path, change: Change, out_dir: Path) -> None:
-    """Write the tuned model with `change` applied to the matrices of its linear layers.
+def write_changed(base_dir: Path, tuned_dir: Path, change: Change, out_dir: Path) -> ChangeReport:
+    """Write the tuned model with `change` applied to every matrix but embeddings and head.
 
-    All else (embeddings, norms, biases) is the tuned model's. Blend the result as any other.
+    These, norms and biases are the tuned model's. Blend the result as any other.
 
     Raises:
         ModelError: if the two do not fit.
         OutputError: if `out_dir` holds something or cannot be written.
     """
     compare_configs(base_dir, tuned_dir)
-    matrices = linear_weights(tuned_dir)
+    module = _outline(tuned_dir)
+    spared = {stored for name in _token_weights(module) for stored in _spellings(module, name)}
+    left_out: dict[str, float] = {}
+    total = 0.0
     with (
         TensorReader(base_dir) as base,
         TensorReader(tuned_dir) as tuned,
@@ -70,10 +85,15 @@ def write_changed(base_dir: Path, tuned_dir: Path, change: Change, out_dir: Path
                 stream.write(shard.header)
                 for name in shard.tensors:
                     now = tuned.read(name)
-                    if name in matrices and name in base.names:
-                        before = base.read(name)
+                    before = base.read(name) if name in base.names else None
+                    moved = 0.0 if before is None else _squared(before, now)
+                    total += moved
+                    # Experts are matrices in the file, whatever the live model makes of them.
+                    if before is not None and now.ndim == 2 and name not in spared:
                         check_pair(name, before, now)
                         now = change(before, now).to(now.dtype)
+                    elif moved:
+                        left_out[name] = moved
                     raw = now.contiguous().reshape(-1).view(torch.uint8)
                     stream.write(raw.numpy().data)
         if len(shards) > 1:
@@ -81,6 +101,7 @@ def write_changed(base_dir: Path, tuned_dir: Path, change: Change, out_dir: Path
                 index_text(shards), encoding="utf-8"
             )
         copy_companions(base_dir, tuned_dir, folder, None)
+    return ChangeReport(tuple(left_out), sum(left_out.values()) / total if total else 0.0)
 
 
 def write_lore(base_dir: Path, tuned_dir: Path, share: float, out_dir: Path) -> LoreReport:
@@ -94,7 +115,13 @@ def write_lore(base_dir: Path, tuned_dir: Path, share: float, out_dir: Path) -> 
         OutputError: if `out_dir` holds something or cannot be written.
     """
     compare_configs(base_dir, tuned_dir)
-    matrices = linear_weights(tuned_dir)
+    module = _outline(tuned_dir)
+    layers = {
+        stored: (name.removesuffix(".weight"), transposed)
+        for name, transposed in _linear_weights(module).items()
+        for stored in _spellings(module, name)
+    }
+    tied, files = may_be_tied(tuned_dir), open_checkpoint(tuned_dir).tensors
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     left_out: list[str] = []
@@ -102,45 +129,75 @@ def write_lore(base_dir: Path, tuned_dir: Path, share: float, out_dir: Path) -> 
     with TensorReader(base_dir) as base, TensorReader(tuned_dir) as tuned:
         for name in tuned.names:
             if name not in base.names:
+                if tied and is_copy(files, name, files.keys() & set(base.names)):
+                    continue
                 raise ModelError(f"tensor {name!r} is in tuned and not in base")
             before, now = base.read(name), tuned.read(name)
             check_pair(name, before, now)
             if not now.is_floating_point():
                 continue
             delta = now.float() - before.float()
-            norm = float(delta.double().square().sum())
+            norm = _squared(before, now)
             total += norm
             if norm == 0.0:
                 continue
-            if name not in matrices:
+            if name not in layers:
                 left_out.append(name)
                 continue
             # A Conv1D holds its weight as in x out; LoRA's factors are always out x in.
-            found = truncate(delta.T if matrices[name] else delta, share)
-            module = name.removesuffix(".weight")
-            ranks[module] = found.up.shape[1]
+            layer, transposed = layers[name]
+            found = truncate(delta.T if transposed else delta, share)
+            ranks[layer] = found.up.shape[1]
             kept += norm * found.explained
             for role, matrix in (("A", found.down), ("B", found.up)):
-                key = f"base_model.model.{module}.lora_{role}.weight"
+                key = f"base_model.model.{layer}.lora_{role}.weight"
                 tensors[key] = matrix.to(now.dtype).contiguous()
     if not ranks:
         raise ModelError(f"{tuned_dir}: no linear layer differs from {base_dir}, so no adapter")
     with building_directory(out_dir) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = _adapter_config(base_dir, ranks, any(matrices.values()))
+        by_column = any(transposed for _, transposed in layers.values())
+        config = _adapter_config(base_dir, ranks, by_column)
         text = json.dumps(config, indent=2)
         (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
     return LoreReport(ranks, kept / total, tuple(left_out))
 
 
-def linear_weights(directory: Path) -> dict[str, bool]:
-    """Return the weights of linear layers but the output head; True where stored as in x out."""
+def _outline(directory: Path) -> Any:
+    """Return a model of the directory's configuration, without numbers."""
     try:
         config: Any = AutoConfig.from_pretrained(directory, local_files_only=True)
         with torch.device("meta"):
-            module: Any = AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{directory}: {str(error).splitlines()[0]}") from None
+
+
+def _spellings(module: Any, name: str) -> tuple[str, str]:
+    """Return the names that a file may have for a weight; it may leave the outermost module out."""
+    return name, name.removeprefix(f"{module.base_model_prefix}.")
+
+
+def _token_weights(module: Any) -> set[str]:
+    """Return the weights of embeddings of tokens or places, and of the output head."""
+    head = module.get_output_embeddings()
+    return {
+        f"{name}.weight"
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Embedding) or layer is head
+    }
+
+
+def _squared(before: Tensor, now: Tensor) -> float:
+    """Return the squared difference, over the rows that both have."""
+    if not now.is_floating_point() or before.shape[1:] != now.shape[1:]:
+        return 0.0
+    rows = slice(min(len(before), len(now))) if now.ndim else ...
+    return float((now[rows].float() - before[rows].float()).double().square().sum())
+
+
+def _linear_weights(module: Any) -> dict[str, bool]:
+    """Return the weights of linear layers but the output head; True where stored as in x out."""
     head = module.get_output_embeddings()
     return {
         f"{name}.weight": isinstance(layer, Conv1D)

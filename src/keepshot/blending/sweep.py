@@ -183,15 +183,21 @@ def _places(
     state: Mapping[str, Tensor], tuned: Mapping[str, Tensor], base: Mapping[str, Tensor] | None
 ) -> list[_Place]:
     """Pair every tensor of the live model that tuning changed with its two ends."""
-    unknown = sorted(tuned.keys() - state.keys())
-    if unknown:
-        raise ModelError(_mismatch(unknown, "the tuned model has", "the base has not"))
     tied: dict[tuple[int, torch.Size, tuple[int, ...]], list[str]] = defaultdict(list)
     for name, tensor in state.items():
         tied[tensor.data_ptr(), tensor.shape, tensor.stride()].append(name)
     missing = [names[0] for names in tied.values() if not any(name in tuned for name in names)]
+    if missing and isinstance(tuned, _Stored):
+        raise ModelError(
+            f"tensor {missing[0]!r}: {tuned.directory} does not store it as it is in memory "
+            "(experts may be stored apart), so it cannot be streamed; leave `stream` out"
+        )
     if missing:
         raise ModelError(_mismatch(missing, "the base has", "the tuned model has not"))
+    # What lies in both checkpoints and in no model (old buffers) is read by neither.
+    unknown = sorted(tuned.keys() - state.keys() - (base.keys() if base is not None else set()))
+    if unknown:
+        raise ModelError(_mismatch(unknown, "the tuned model has", "the base has not"))
     places: list[_Place] = []
     for names in tied.values():
         first, *others = [name for name in names if name in tuned]
@@ -220,7 +226,7 @@ def _origin(
     if name is None or not same_bits(live, base[name].to(live.device)):
         raise ModelError(
             f"tensor {names[0]!r}: the base's checkpoint does not hold it as it is in memory; "
-            "sweep with the base in memory"
+            "sweep with the base in memory (leave `stream` out)"
         )
     return partial(_on_device, base, name, live.device)
 
@@ -233,6 +239,7 @@ class _Stored(Mapping[str, Tensor]):
 
     def __init__(self, reader: TensorReader, module: nn.Module) -> None:
         self._reader = reader
+        self.directory = reader.directory
         self._live: dict[str, Tensor] = module.state_dict()
         names = stored_names(module)
         self._names = {names.get(name, name): name for name in reader.names}

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -21,16 +21,24 @@ from tempfile import TemporaryDirectory
 from keepshot import __version__
 from keepshot.assets import sha256_of
 from keepshot.blending.adapter import ADAPTER_WEIGHTS
+from keepshot.blending.arithmetic import RowLambda
 from keepshot.blending.card import CARD_NAME, RECORD_NAME, BlendRecord, RealisedLambda, model_card
 from keepshot.blending.companions import copy_adapter_companions, copy_companions
 from keepshot.blending.hashing import Hashing
 from keepshot.blending.planning import BlendPlan, Writing, fingerprint_text, plan_blend
 from keepshot.blending.reread import reread
 from keepshot.blending.rules import LambdaRule, check_lambda
-from keepshot.blending.stream import How, Written, drop_notes, num_whole, write_shards
+from keepshot.blending.stream import How, Sums, Written, drop_notes, num_whole, write_shards
 from keepshot.blending.unfinished import Input, Unfinished, unfinished, unfinished_path
 from keepshot.errors import ModelError, OutputError
-from keepshot.models.shards import INDEX, SINGLE, PlannedShard, index_text, plan_shards
+from keepshot.models.shards import (
+    INDEX,
+    SINGLE,
+    PlannedShard,
+    index_text,
+    open_checkpoint,
+    plan_shards,
+)
 from keepshot.outputs import claim
 from keepshot.progress import Progress, Silent
 
@@ -213,6 +221,9 @@ def _write(
         if hashing is not None:
             watch.progress.stage("hashing the inputs")
             record = _with_digests(record, hashing.digests())
+            if options.made_from is not None:
+                originals = open_checkpoint(options.made_from).files
+                record = replace(record, tuned_sha256=_hashed(originals))
         record = _finish(plan, record, written, work.folder, (options, watch, shards))
     return record
 
@@ -238,7 +249,7 @@ def _finish(
             plan.dtype_name,
             base_first=options.settings_from == "base",
         )
-    rounded = _rounding_note(realised, None if record.second else record.lam)
+    rounded = _rounding_note(plan, record, written.sums)
     notes = (*record.notes, *copied, *([rounded] if rounded else []))
     checks: list[str] = []
     if options.hash_files:
@@ -311,13 +322,27 @@ def _hashed(files: Sequence[Path]) -> dict[str, str]:
         return dict(zip((f.name for f in files), pool.map(sha256_of, files), strict=True))
 
 
-def _rounding_note(realised: RealisedLambda, lam: float | None) -> str | None:
-    if lam is None or realised.overall is None:
+def _rounding_note(plan: BlendPlan, record: BlendRecord, sums: Mapping[str, Sums]) -> str | None:
+    """Say where rounding let the weights land, if that is not where they were asked to be.
+
+    Under a rule, of tensors that have one lambda each and do not stay the base's.
+    """
+    asked = found = size = 0.0
+    for name, (along, norm) in sums.items():
+        lam = 1.0 if record.second else plan.tensors[name].sides[0].lam
+        if isinstance(lam, RowLambda) or (record.lam is None and lam == 0.0):
+            continue
+        asked, found, size = asked + lam * norm, found + along, size + norm
+    if size == 0.0 or math.isclose(found / size, asked / size, abs_tol=_ROUNDING_SLACK):
         return None
-    if math.isclose(realised.overall, lam, abs_tol=_ROUNDING_SLACK):
-        return None
+    if record.second is not None:
+        what = "1 x the sum of both differences"
+    elif record.lam is None:
+        what = f"lambda {asked / size:.3f} (the mean under the rule)"
+    else:
+        what = f"lambda {record.lam:g}"
     return (
-        f"lambda {lam:g} was realised as {realised.overall:.3f}: the tuned model's changes are "
+        f"{what} was realised as {found / size:.3f}: the tuned model's changes are "
         "smaller than the steps between neighbouring numbers of this dtype; "
         "write float32, or round stochastically"
     )

@@ -93,8 +93,9 @@ def blend(
         parse_reference(reference)
     assert spec.sweep is not None, "one lambda is written by `jobs.write`"
     check_rule(
-        parse_rule(spec.pick), spec.sweep, spec.target is not None, spec.following is not None
-    )
+        parse_rule(spec.pick), spec.sweep, spec.target is not None, spec.following is not None,
+        by_factors=spec.rule is not None,
+    )  # fmt: skip
     questions = _questions(spec, store, progress)
     follower = Follower(spec.following, store, workspace, progress)
     base, tuned = _load_both(spec, store, workspace, progress)

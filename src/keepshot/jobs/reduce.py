@@ -11,7 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import assert_never
 
-from keepshot.blending.reshape import prune, shrink_intruders, write_changed, write_lore
+from keepshot.blending.reshape import (
+    ChangeReport,
+    prune,
+    shrink_intruders,
+    write_changed,
+    write_lore,
+)
 from keepshot.blending.write import check_apart
 from keepshot.errors import ModelError
 from keepshot.jobs.specs import BlendSpec, parse_reduction
@@ -58,18 +64,29 @@ def reduced(
                 report = write_lore(base, tuned, share, place)
                 notes = (
                     f"the adapter reproduces {report.explained:.3f} of the squared difference; "
-                    f"{len(report.left_out)} tensors that no LoRA matrix can say are the base's",
+                    f"{len(report.left_out)} tensors that no linear layer holds are the base's",
                 )
             case "prune":
-                write_changed(base, tuned, partial(prune, share=share), place)
+                found = write_changed(base, tuned, partial(prune, share=share), place)
+                notes = _left_out(found)
             case "shrink-intruders":
-                write_changed(base, tuned, partial(shrink_intruders, factor=share), place)
+                found = write_changed(base, tuned, partial(shrink_intruders, factor=share), place)
+                notes = _left_out(found)
             case _:
                 assert_never(kind)
         _date(place, [spec.reduce, *_states(base), *_states(tuned)])
         yield place, notes
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def _left_out(report: ChangeReport) -> tuple[str, ...]:
+    if not report.left_out:
+        return ()
+    return (
+        f"{len(report.left_out)} tensors with {report.share:.3f} of the squared difference were "
+        "not reduced: embeddings, the head, and what is no matrix",
+    )
 
 
 def _states(directory: Path) -> list[str]:

@@ -121,17 +121,19 @@ def write_one(
         UserError: before anything is written, wherever the fault can be seen by then.
     """
     assert spec.lam is not None
-    base, tuned = find_both(spec, means.locate)
-    tuned = means.reduced or tuned
+    base, original = find_both(spec, means.locate)
+    tuned = means.reduced or original
     if is_adapter(base):
         raise ModelError(f"{base}: is an adapter; base must be a whole model")
     if is_adapter(tuned) and spec.checks_files and not means.reduced:
         check_base(tuned, directory_sha256(base, means.store), spec.base)
+    options = writing(spec, means.locate, overwrite=overwrite)
+    made_from = original if means.reduced else None
     return write(
         base,
         tuned,
         spec.lam if rule is None else rule,
         out_dir,
-        replace(writing(spec, means.locate, overwrite=overwrite), notes=means.notes),
+        replace(options, notes=means.notes, made_from=made_from),
         Watch(means.check, means.progress),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jinja2 import TemplateError
@@ -40,8 +40,9 @@ def answer_prompts(
         prompts: as a user would write them.
         policy: how they are put, and when an answer ends.
         engine: of `model`; None makes one.
-        chat: the model whose chat template is used; None means `model`. On a path from a base
-            model to a tuned one every point is asked in the same words.
+        chat: the model whose chat template is used, and whose end tokens end an answer besides
+            those of `model`; None means `model`. On a path from a base model to a tuned one every
+            point is asked in the same words, and ends its answers as the tuned model does.
         progress: called with (answers, answers in all).
 
     Raises:
@@ -51,6 +52,9 @@ def answer_prompts(
     engine = engine or Engine(model)
     assert engine.model is model, "the engine must be of the model that answers"
     requests = [_request(chat or model, prompt, policy) for prompt in prompts]
+    if chat is not None:
+        ends = chat.eos_ids - model.eos_ids
+        requests = [replace(request, ends=ends) for request in requests]
     results = engine.run(requests, progress)
     answers: list[Answer] = []
     for prompt, result in zip(prompts, results, strict=True):

@@ -20,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -236,6 +237,8 @@ def outline(reference: str, store: AssetStore, *, trust_remote_code: bool = Fals
         config = AutoConfig.from_pretrained(path, local_files_only=True, **options)
         with torch.device("meta"):
             module: Any = AutoModelForCausalLM.from_config(config, **options)
+        if (path / "generation_config.json").is_file():  # a chat's end tokens often stand here
+            module.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
         tokenizer = _load_tokenizer(path, {"local_files_only": True, **options})
     load_prompts_(module, prompts_beside(whole))
     return LanguageModel(

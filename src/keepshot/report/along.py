@@ -1,7 +1,7 @@
 """Charts along lambda: every task, how answers fail, and several pairs as the paper draws them.
 
 Pure; every chart comes in two widths, for a page and for a phone. Source of the last one:
-arXiv 2504.11626, figure 1 (change in percent against the tuned model).
+arXiv 2504.11626, figure 1 (change in percent against lambda 1, the tuned model there).
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def tasks_along_chart(document: ResultDocument, width: Width = "wide") -> alt.Co
     names = list(points[0].tasks)
     labels = short_names(names)
     # What lost most comes first, as in the chart of tasks.
-    names.sort(key=lambda name: points[-1].tasks[name] - points[0].tasks[name])
+    base = next((point for point in points if point.lam == 0.0), points[0])
+    names.sort(key=lambda name: points[-1].tasks[name] - base.tasks[name])
     size = (150, 92) if width == "wide" else (118, 84)
     charts = [_task_panel(points, name, labels[name], document, size) for name in names]
     columns = 4 if width == "wide" else 2
@@ -146,21 +147,22 @@ def _line_panel(
 def relative_chart(
     documents: Mapping[str, ResultDocument], width: Width = "wide"
 ) -> alt.LayerChart | None:
-    """Draw several paths as the change of the few-shot score against the tuned model, in percent.
+    """Draw several paths as the change of the few-shot score against lambda 1, in percent.
 
-    Bars are the few-shot score's own 95 % interval, divided by the tuned model's score.
+    Lambda 1 is the tuned model unless lambda differs by tensor. Bars are the few-shot score's own
+    95 % interval, divided by the score at lambda 1.
 
     Returns:
-        None if no run has a path that ends in its tuned model.
+        None if no run has a path on which lambda 1 was measured.
     """
     rows: list[Row] = []
-    names = [name for name, document in documents.items() if _tuned_score(document)]
+    names = [name for name, document in documents.items() if _score_at_one(document)]
     for name in names:
         points = view.path_split(documents[name])
-        tuned = _tuned_score(documents[name])
+        end = _score_at_one(documents[name])
         for point in points:
-            low, high = ((bound - tuned) / tuned for bound in point.icl_ci95)
-            change = (point.icl - tuned) / tuned
+            low, high = ((bound - end) / end for bound in point.icl_ci95)
+            change = (point.icl - end) / end
             hover = f"{visible(name, 40)}, lambda {lam(point.lam)}: {change:+.1%}"
             rows.append(
                 {
@@ -175,8 +177,8 @@ def relative_chart(
     color = alt.Color("run:N", scale=alt.Scale(domain=shown, range=[look[0] for look in looks]))
     shape = alt.Shape("run:N", scale=alt.Scale(domain=shown, range=[look[1] for look in looks]))
     ticks: Row = {"format": ".1f", "tickCount": 5}
-    x = alt.X("x:Q", title="lambda (0 is the base, 1 the tuned model)", axis=alt.Axis(**ticks))
-    title = "few-shot score against the tuned model's"
+    x = alt.X("x:Q", title="lambda (0 is the base)", axis=alt.Axis(**ticks))
+    title = "few-shot score against that at lambda 1"
     y = alt.Y("y:Q", title=title, axis=alt.Axis(format="+%", tickCount=6))
     base = alt.Chart(data(rows))
     zero = alt.Chart(data([{"y": 0.0}])).mark_rule(strokeDash=[2, 3], color=FAINT)
@@ -196,7 +198,7 @@ def _sized(chart: Any, size: tuple[int, int]) -> Any:
     return chart.properties(width=size[0], height=size[1])
 
 
-def _tuned_score(document: ResultDocument) -> float:
+def _score_at_one(document: ResultDocument) -> float:
     return next((point.icl for point in view.path_split(document) if point.lam == 1.0), 0.0)
 
 

@@ -188,19 +188,19 @@ def _blend(document: ResultDocument) -> list[str]:
     if "blended" in by_name and 1.0 in ends:
         return [_blended(by_name["blended"], ends[1.0]), _rule(document.pick)]
     points = view.path_split(document)
-    tuned, pick = points[-1], document.pick
+    end, pick = next((p for p in points if p.lam == 1.0), points[-1]), document.pick
     if pick is None or pick.lam is None:
         why = f" No lambda was picked: {visible(pick.reason, 200)}." if pick else ""
         best = max(points, key=lambda p: (p.lam > 0, p.icl))
         return [
-            f"At lambda = {lam(tuned.lam)} the tuned model has {_point(tuned)}; the most on the "
+            f"At lambda = {lam(end.lam)} the model has {_point(end)}; the most on the "
             f"path above 0 is {_point(best)}, at lambda = {lam(best.lam)}.{why}"
         ]
     picked = pick.lam
     chosen = min(points, key=lambda p: abs(p.lam - picked))
     one = view.measured(chosen.retention, chosen.retention_ci95) or (chosen.icl, chosen.icl_ci95)
-    two = view.measured(tuned.retention, tuned.retention_ci95) or (tuned.icl, tuned.icl_ci95)
-    against = f"lambda = {lam(tuned.lam)} has {_point(tuned)}"
+    two = view.measured(end.retention, end.retention_ci95) or (end.icl, end.icl_ci95)
+    against = f"lambda = {lam(end.lam)} has {_point(end)}"
     verdict = "" if view.differ(one, two) else f": abilities {SAME}"
     return [
         f"Blended at lambda = {lam(chosen.lam)}, the model has {_point(chosen)}; "

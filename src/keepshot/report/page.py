@@ -125,7 +125,7 @@ def compare(run_dirs: Sequence[Path], out_dir: Path) -> Path:
     figure = None
     if charts[0] is not None:
         figure = draw("compare", title, charts, out_dir / "figures")
-    title = "Few-shot score along lambda, as a change against each tuned model"
+    title = "Few-shot score along lambda, as a change against lambda 1"
     charts = tuple(along.relative_chart(documents, width) for width in ("wide", "narrow"))
     paths = None
     if charts[0] is not None:

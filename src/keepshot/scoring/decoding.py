@@ -53,19 +53,19 @@ class Answer:
                     self._end(model.decode(self.tokens[:-1]))
             case Generate():
                 limit = self.request.max_new_tokens
-                self._check_stop_strings(model, self.request.stop)
+                self._check_stop_strings(model, self.request)
             case _:
                 assert_never(self.request)
         if not self.finished and len(self.tokens) >= min(limit, self.room):
             self.text, self.finished = model.decode(self.tokens), True
         return self.finished
 
-    def _check_stop_strings(self, model: LanguageModel, stop: Sequence[str]) -> None:
-        ended = self.tokens[-1] in model.eos_ids
-        if not ended and not stop:
+    def _check_stop_strings(self, model: LanguageModel, request: Generate) -> None:
+        ended = self.tokens[-1] in model.eos_ids or self.tokens[-1] in request.ends
+        if not ended and not request.stop:
             return
         text = model.decode(self.tokens[:-1] if ended else self.tokens)
-        places = [place for string in stop if (place := text.find(string)) >= 0]
+        places = [place for string in request.stop if (place := text.find(string)) >= 0]
         if ended or places:
             self._end(text[: min(places, default=len(text))])
 

@@ -46,6 +46,7 @@ class Generate:
     """Continue `context` until a stop string, an end token or `max_new_tokens`.
 
     Greedily at temperature 0, else with tokens drawn from the softmax of logits / temperature.
+    `ends` are end tokens besides the model's own: those of a template that another model brought.
     """
 
     context: tuple[int, ...]
@@ -53,6 +54,7 @@ class Generate:
     stop: tuple[str, ...] = ()
     temperature: float = 0.0
     seed: int = 0
+    ends: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         """Check that there is something to continue."""

@@ -22,12 +22,13 @@ from keepshot.stats import Matrix
 from keepshot.study.directory import UnitRecord
 from keepshot.study.grid import Grid
 from keepshot.study.spec import StudySpec
+from keepshot.tuning.samplegen import is_plain
 
 Frame: TypeAlias = Any
 """A pandas DataFrame, whose columns and groups its own types leave open."""
 SCORE_KEYS = [
-    "model", "family", "num_parameters", "stage", "recipe", "target", "tuning_seed", "lam", "ask",
-    "setting", "split", "task", "is_target", "shots", "seed",
+    "model", "family", "num_parameters", "stage", "recipe", "samples", "target", "tuning_seed",
+    "lam", "ask", "setting", "split", "task", "is_target", "shots", "seed",
 ]  # fmt: skip
 KEPT_COLUMNS = (
     "task", "split", "shots", "seed", "item", "gold", "answer", "correct", "format_failure",
@@ -118,7 +119,8 @@ def target_name(target: str) -> str:
 
 def score_frame(items: Frame) -> Frame:
     """Return one row for each model, task, shots and draw: `value`, `chance`, `num_items`."""
-    grouped = items.groupby(SCORE_KEYS, dropna=False, sort=False, observed=True)
+    keys = [name for name in SCORE_KEYS if name in items.columns]
+    grouped = items.groupby(keys, dropna=False, sort=False, observed=True)
     return grouped.agg(
         value=("correct", "mean"),
         chance=("chance", "mean"),
@@ -132,7 +134,8 @@ def pairs(scores: Frame, *, shots: int, split: str = "test", by_task: bool = Tru
     """Return tuned direct scores beside their base's scores from gold demonstrations.
 
     The frame that `mixed_model` takes; its columns go into `correlate` (`family` as clusters). Both
-    scores are of one ask where one has both.
+    scores are of one ask where one has both. Models that were taught to write their own examples
+    are none of these, as in `findings`.
 
     Args:
         scores: as `score_frame` returns.
@@ -150,6 +153,8 @@ def pairs(scores: Frame, *, shots: int, split: str = "test", by_task: bool = Tru
     base = there[there["stage"] == "base"]
     shown = base[base["shots"] == shots]
     tuned = there[(there["stage"] == "tuned") & (there["shots"] == 0)]
+    if "samples" in tuned.columns:
+        tuned = tuned[tuned["samples"].map(is_plain).astype(bool)]
     by = ["model", "task"]
     if not set(shown["ask"]).isdisjoint(tuned["ask"]):
         by.append("ask")  # as `findings` has it: items of another ask are others
