@@ -114,6 +114,14 @@ def test_what_would_have_no_effect_on_a_blend_is_refused(
         blend_spec(None, {**PAIR, **given}, overrides)
 
 
+def test_a_path_under_a_rule_is_picked_on_by_its_knee() -> None:
+    """It does not lead to the tuned model, of which the usual pick keeps a share."""
+    path, rule = {**PAIR, "sweep": (0.0, 1.0)}, "rule.kinds.mlp=0"
+    assert blend_spec(None, path, []).pick == "keep-target:0.9"
+    assert blend_spec(None, path, [rule]).pick == "knee"
+    assert blend_spec(None, path, [rule, "pick=best-icl"]).pick == "best-icl"
+
+
 BLENDS = sorted((Path(__file__).parents[2] / "recipes" / "blend").glob("*.yaml"))
 
 

@@ -145,7 +145,8 @@ class BlendSpec(Where):
     target: str | None = None
     """Examples file or task that the tuning was for."""
     pick: str = "keep-target:0.9"
-    """The rule that picks lambda."""
+    """The rule that picks lambda; left out beside `rule`, whose path does not lead to the tuned
+    model, it is `knee`."""
     tasks: tuple[str, ...] = ("core",)
     """Suites, task names or paths of examples files that stand for few-shot ability."""
     shots: tuple[int, ...] = (4,)
@@ -194,6 +195,13 @@ class BlendSpec(Where):
     def generates(self) -> bool:
         """Whether what was written is loaded."""
         return self.check == "generate" or (self.check is None and self.sweep is not None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_pick(cls, content: Any) -> Any:
+        if isinstance(content, dict) and content.get("rule") is not None:
+            return {"pick": "knee", **content}
+        return content
 
     @model_validator(mode="after")
     def _check_lambda(self) -> Self:
