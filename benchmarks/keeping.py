@@ -29,7 +29,7 @@ from keepshot.report.svg import render
 from keepshot.study.frame import matrix
 
 SEED = 0
-FIGURE = "few-shot ability kept against target score: the default, and full tuning at three rates"
+FIGURE = "few-shot ability kept against target score: the default, and full tuning at several rates"
 LEVEL = 0.02
 """Validation scores of the target that differ by no more than this count as the same."""
 
