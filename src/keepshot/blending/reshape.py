@@ -137,7 +137,7 @@ def write_lore(base_dir: Path, tuned_dir: Path, share: float, out_dir: Path) -> 
             if not now.is_floating_point():
                 continue
             delta = now.float() - before.float()
-            norm = _squared(before, now)
+            norm = float(delta.double().square().sum())
             total += norm
             if norm == 0.0:
                 continue

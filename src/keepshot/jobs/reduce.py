@@ -67,11 +67,10 @@ def reduced(
                     f"{len(report.left_out)} tensors that no linear layer holds are the base's",
                 )
             case "prune":
-                found = write_changed(base, tuned, partial(prune, share=share), place)
-                notes = _left_out(found)
+                notes = _left_out(write_changed(base, tuned, partial(prune, share=share), place))
             case "shrink-intruders":
-                found = write_changed(base, tuned, partial(shrink_intruders, factor=share), place)
-                notes = _left_out(found)
+                shrink = partial(shrink_intruders, factor=share)
+                notes = _left_out(write_changed(base, tuned, shrink, place))
             case _:
                 assert_never(kind)
         _date(place, [spec.reduce, *_states(base), *_states(tuned)])
