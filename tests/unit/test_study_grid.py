@@ -149,6 +149,18 @@ def test_exclusions_leave_out_what_matches_every_key() -> None:
     assert {(whole.units[i].ask, whole.units[i].subject.seed) for i in gone} == {("few-shot", 1)}
 
 
+def test_the_name_of_what_varies_stands_for_all_its_variants() -> None:
+    recipes: dict[str, Any] = {
+        "plain": {"vary": {"learning_rate": [1e-5, 1e-4]}},
+        "plainer": {},
+    }
+    changes: dict[str, Any] = {"recipes": recipes, "blends": None}
+    left = expand(spec_of(**changes, exclude=[{"recipes": ["plain"]}])).cells
+    assert {cell.subject.recipe for cell in left} == {None, "plainer"}
+    one = expand(spec_of(**changes, exclude=[{"recipes": ["plain learning_rate=1e-05"]}])).cells
+    assert {c.subject.recipe for c in one} == {None, "plainer", "plain learning_rate=0.0001"}
+
+
 def test_tunings_without_measurements_are_not_made() -> None:
     asks = {"few-shot": {"tasks": ["addition"], "of": ["base"]}}
     grid = expand(spec_of(asks=asks, blends=None))

@@ -100,7 +100,10 @@ class Blends(Spec):
 
 
 class Exclusion(Spec):
-    """Units that are left out: those that match every key given; patterns such as `lora*`."""
+    """Units that are left out: those that match every key given; patterns such as `lora*`.
+
+    The name of a recipe or a model that varies stands for all its variants.
+    """
 
     models: tuple[str, ...] | None = None
     """Names of models."""
@@ -274,14 +277,15 @@ def check_patterns(spec: StudySpec) -> None:
         ]
     for patterns, names, what in checks:
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not any(is_named(name, [pattern]) for name in names):
                 listing = f"the study has {', '.join(names) or 'none'}"
                 raise ConfigError(unknown(what, pattern, names, listing))
 
 
 def is_named(value: str | None, patterns: Sequence[str]) -> bool:
-    """Say whether a name fits one of some patterns."""
-    return value is not None and any(fnmatchcase(value, pattern) for pattern in patterns)
+    """Say whether a name fits one of some patterns; that of what varies fits all its variants."""
+    wanted = [form for pattern in patterns for form in (pattern, f"{pattern} *=*")]
+    return value is not None and any(fnmatchcase(value, pattern) for pattern in wanted)
 
 
 def _each_model(entry: Any) -> Iterator[Any]:
