@@ -145,9 +145,12 @@ standard error is about .05 to .1 for a task. No test item was read. Written by
 
 A task is in a suite if SmolLM2 scores from .15 to .95 at 4 shots (exact), or if one of the models
 is clearly above chance at 4 shots (choice). The anchors, from which the keep term draws its
-prompts, share neither words nor kind of rule with a suite; suite `guard`, which is asked while a
-model trains, shares no kind of rule with either. `support` is what the demo tunes on.
-`instructions` and `instructions-homogeneous` are general data to tune on (docs/guide/keeping.md).
+prompts, share neither words nor kind of rule with these suites; suite `guard`, which is asked while
+a model trains, shares no kind of rule with either. Five tasks of suite `composed`, which is for
+studies, have an anchor's rule, in capitals (`third-capitals`, `food-capitals`) or twice
+(`second-twice`, `animal-twice`, `third-number-twice`): where those anchors train, a run refuses to
+measure them. `support` is what the demo tunes on. `instructions` and `instructions-homogeneous` are
+general data to tune on (docs/guide/keeping.md).
 """
 
 LEFT_OUT = """

@@ -30,6 +30,7 @@ from keepshot.common import (
     working,
     write_blend,
 )
+from keepshot.errors import ConfigError
 from keepshot.exits import leave
 
 app = typer.Typer(
@@ -288,6 +289,8 @@ def study(
     """Run a study of many models, stopped and gone on with at will."""
     from keepshot.jobs.recipes import study_spec
 
+    if status and plan:
+        raise ConfigError("--status says how far it is, --plan what it would take; give one")
     where = option.given(
         seed=seed, device=device, dtype=dtype, trust_remote_code=trust_remote_code or None
     )
@@ -299,14 +302,14 @@ def study(
         return show_status(*status_of(spec, store, place, analysed=as_json), as_json)
     with watching(as_json) as watch:
         watch.stage("starting")
-        if plan:
-            from keepshot.jobs.study_plan import plan_study
-
-            return show_plan(plan_study(spec, store, place, watch), as_json)
         from keepshot.jobs.study import Running
         from keepshot.jobs.study import study as study_job
 
         running = Running(engine, workers, limit_minutes, yes, retry, overwrite)
+        if plan:
+            from keepshot.jobs.study_plan import plan_study
+
+            return show_plan(plan_study(spec, store, place, watch, running), as_json)
         document = study_job(spec, store, place, watch, running)
     show_study(document, as_json, place)
 

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import typer
 
 from keepshot.errors import UserError
+from keepshot.unseen import visible
 
 INTERRUPTED = 130
 
@@ -45,7 +46,8 @@ def status(call: Callable[[], Any]) -> int:
 
 
 def _complain(message: str) -> None:
-    typer.echo(f"keepshot: {message}", err=True)
+    shown = visible(message, keep="\n")  # it may quote what a server answered, or a file
+    typer.echo(f"keepshot: {shown}", err=True)
 
 
 def _usage(error: typer.TyperException) -> str:

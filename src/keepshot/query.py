@@ -41,6 +41,11 @@ def query(sql: str, run_dirs: Sequence[Path]) -> tuple[list[str], list[tuple[Any
     for name, table in tables.items():
         connection.register(name, table)
     try:
+        if not connection.extract_statements(sql):
+            raise ConfigError(
+                f"query: {sql!r} asks nothing; write SQL such as 'select * from items limit 5'; "
+                f"tables are {', '.join(tables)}"
+            )
         result = connection.execute(sql)
         return [column[0] for column in result.description or []], result.fetchall()
     except duckdb.Error as error:
@@ -86,8 +91,14 @@ def _tables(run_dirs: Sequence[Path]) -> dict[str, pa.Table]:
         for name, collected in rows.items():
             collected += [{"run": directory.name, **_flat(row)} for row in document[name]]
         items.append(_named(read_item_table(directory / "items.parquet"), directory.name))
-    tables = {name: pa.Table.from_pylist(found) for name, found in rows.items() if found}
+    tables = {name: _table(found) for name, found in rows.items() if found}
     return {"items": pa.concat_tables(items), **tables}
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """Return rows as a table of all their columns, of which the first row need not have each."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return pa.Table.from_pylist([{name: row.get(name) for name in columns} for row in rows])
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:

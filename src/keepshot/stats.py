@@ -4,6 +4,7 @@ Every comparison here is paired: the same questions under the same demonstration
 models. Items are resampled within each task (tasks are fixed, not a sample), and demonstration
 draws within each task as a crossed second level, so an interval covers both the choice of
 questions and the choice of demonstrations. With one draw it covers the questions alone.
+Seeds of tuning are one level for all tasks, since a seed is one model.
 """
 
 from __future__ import annotations
@@ -55,14 +56,20 @@ def bootstrap_mean(values: NDArray[np.float64], generator: np.random.Generator) 
     return percentiles(float(values.mean()), resampled)
 
 
-def mean_over_tasks(tasks: Sequence[Matrix], generator: np.random.Generator) -> Interval:
+def mean_over_tasks(
+    tasks: Sequence[Matrix],
+    generator: np.random.Generator,
+    num_seeds: Sequence[int] | None = None,
+) -> Interval:
     """Return the mean over tasks of the mean score, with a bootstrap interval.
 
     Args:
-        tasks: one [num_draws, num_items] matrix of scores per task.
+        tasks: one [num_draws, num_items] matrix of scores per task; under several seeds of tuning
+            [num_seeds * num_draws, num_items], seed after seed.
         generator: source of the resamples.
+        num_seeds: for each task the number of seeds; 1 for all if None.
     """
-    return percentiles(*resampled_over_tasks([tasks], generator)[0])
+    return percentiles(*resampled_over_tasks([tasks], generator, num_seeds)[0])
 
 
 def difference(first: Matrix, second: Matrix, generator: np.random.Generator) -> Interval:
@@ -98,11 +105,12 @@ def resampled_retention(
     before: Sequence[Matrix],
     chances: Sequence[float],
     generator: np.random.Generator,
+    num_seeds: Sequence[int] | None = None,
 ) -> Resampled | None:
     """Return what `retention` is made of: its value, and that of every resample."""
     for task_after, task_before in zip(after, before, strict=True):
         assert task_after.shape == task_before.shape, "retention needs paired items and draws"
-    one, two = resampled_over_tasks([after, before], generator)
+    one, two = resampled_over_tasks([after, before], generator, num_seeds)
     return kept(one, two, float(np.mean(chances)))
 
 
@@ -129,35 +137,59 @@ def kept(after: Resampled, before: Resampled, chance: float) -> Resampled | None
 
 
 def resampled_over_tasks(
-    arms: Sequence[Sequence[Matrix]], generator: np.random.Generator
+    arms: Sequence[Sequence[Matrix]],
+    generator: np.random.Generator,
+    num_seeds: Sequence[int] | None = None,
 ) -> list[Resampled]:
     """Return each arm's mean over tasks, and that of every resample: the same ones for all.
 
     Args:
         arms: for each arm one [num_draws, num_items] matrix per task; of the same shapes in all.
+            Under several seeds of tuning, [num_seeds * num_draws, num_items], seed after seed.
         generator: source of the resamples.
+        num_seeds: for each task the number of seeds; 1 for all if None. A resample has the same
+            seeds on all tasks with as many.
     """
     num_tasks = len(arms[0])
+    counts = num_seeds or [1] * num_tasks
+    seeds = {count: _seed_weights(count, generator) for count in sorted({*counts} - {1})}
     total = np.zeros((len(arms), NUM_RESAMPLES))
-    for task in range(num_tasks):
-        total += resampled_means([arm[task] for arm in arms], generator)
+    for task, count in zip(range(num_tasks), counts, strict=True):
+        total += resampled_means([arm[task] for arm in arms], generator, seeds.get(count))
     values = [float(np.mean([matrix.mean() for matrix in arm])) for arm in arms]
     return list(zip(values, total / num_tasks, strict=True))
 
 
 def resampled_means(
-    paired: Sequence[Matrix], generator: np.random.Generator
+    paired: Sequence[Matrix], generator: np.random.Generator, seeds: Matrix | None = None
 ) -> list[NDArray[np.float64]]:
-    """Return bootstrap means of matrices that share their items and draws: [num_resamples] each."""
-    num_draws, num_items = paired[0].shape
+    """Return bootstrap means of matrices that share their items and draws: [num_resamples] each.
+
+    Args:
+        paired: [num_rows, num_items] each; a row is a draw, under one seed after the other.
+        generator: source of the resamples.
+        seeds: weights of the seeds of tuning, [num_resamples, num_seeds]; there is one if None.
+    """
+    num_rows, num_items = paired[0].shape
     items = _multinomial_weights(num_items, generator)
-    draws = _multinomial_weights(num_draws, generator)
-    # One product for all that are paired: a [resamples, draws] table of means for each.
-    by_draw = items @ np.concatenate(paired).T
+    rows = _multinomial_weights(num_rows // (1 if seeds is None else seeds.shape[1]), generator)
+    if seeds is not None:
+        rows = (seeds[:, :, None] * rows[:, None, :]).reshape(NUM_RESAMPLES, num_rows)
+    # One product for all that are paired: a [resamples, rows] table of means for each.
+    by_row = items @ np.concatenate(paired).T
     return [
-        (draws * by_draw[:, start : start + num_draws]).sum(axis=1)
-        for start in range(0, len(paired) * num_draws, num_draws)
+        (rows * by_row[:, start : start + num_rows]).sum(axis=1)
+        for start in range(0, len(paired) * num_rows, num_rows)
     ]
+
+
+def _seed_weights(num_seeds: int, generator: np.random.Generator) -> Matrix:
+    """Return weights [num_resamples, num_seeds] of one seed fewer than there are.
+
+    As many as there are would make the variance of a mean of few seeds too small, by 1 / num_seeds.
+    """
+    shares = np.full(num_seeds, 1.0 / num_seeds)
+    return generator.multinomial(num_seeds - 1, shares, size=NUM_RESAMPLES) / (num_seeds - 1)
 
 
 def _multinomial_weights(size: int, generator: np.random.Generator) -> Matrix:

@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Sequence
 from unicodedata import east_asian_width
 
+from keepshot.unseen import visible
+
 GAP = "  "
 NARROWEST = 20
 
@@ -20,8 +22,7 @@ def format_table(
         rows: values; None is shown as nothing, a list by its members.
         width: of the terminal, to which the last column is wrapped; None wraps nothing.
     """
-    shown = [[_plain(value) for value in row] for row in rows]
-    lines = [list(columns), *shown]
+    lines = [[_plain(value) for value in row] for row in (columns, *rows)]
     widths = [max(_width(line[place]) for line in lines) for place in range(len(columns))]
     return "\n".join(text for line in lines for text in _rendered(line, widths, width))
 
@@ -30,7 +31,7 @@ def _plain(value: object) -> str:
     if value is None:
         return ""
     text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    return " ".join(text.splitlines())
+    return visible(" ".join(text.splitlines()))
 
 
 def _rendered(line: Sequence[str], widths: Sequence[int], width: int | None) -> list[str]:

@@ -32,7 +32,7 @@ from keepshot.tuning.method_specs import Full, LoRA, ProMoT, PromptTuning, defau
 from keepshot.tuning.methods import prepare
 from keepshot.tuning.recipe import Auto, Recipe
 from keepshot.tuning.record import TuneRecord
-from keepshot.tuning.short_runs import Trial
+from keepshot.tuning.short_runs import Trial, lowest
 from keepshot.tuning.tokenised import Extra
 from keepshot.tuning.train import train
 
@@ -157,6 +157,29 @@ def test_the_search_goes_on_while_the_total_falls(known: str, fresh_pico: Build)
     assert best > default_learning_rate(Full())
     furthest = 8 * default_learning_rate(Full())
     assert best == furthest or totals[2 * best] >= totals[best]
+
+
+@pytest.mark.parametrize(
+    ("totals", "found", "asked"),
+    [
+        # Measured: a base model's totals are nearly flat, and the first step up gains a little.
+        ({-2: 3.50, -1: 3.48, 0: 3.78, 1: 3.56, 2: 5.75}, -1, 5),
+        ({-1: 5.38, 0: 2.61, 1: 1.51, 2: 2.69}, 1, 4),
+        ({-1: 1.0, 0: 0.64, 1: 0.66}, 0, 3),
+        ({-1: 1.0, 0: 1.0, 1: 1.0}, 0, 3),
+        ({-1: 9.0, 0: 8.0, 1: 3.0, 2: 2.0, 3: 1.0}, 3, 5),
+        ({-1: math.inf, 0: math.inf, 1: math.inf}, 0, 3),
+    ],
+)
+def test_the_search_looks_both_ways(totals: dict[int, float], found: int, asked: int):
+    seen: set[int] = set()
+
+    def total(power: int) -> float:
+        seen.add(power)
+        return totals[power]
+
+    assert lowest(total) == found
+    assert len(seen) == asked
 
 
 def test_the_guard_only_watches(known: str, fresh_pico: Build):

@@ -18,7 +18,14 @@ import pytest
 from keepshot.assets import ASSETS, AssetStore
 from keepshot.errors import TaskError
 from keepshot.tasks import sentences
-from keepshot.tasks.catalog import CATALOG, SUITES, load_task, resolve_tasks, task_from_file
+from keepshot.tasks.catalog import (
+    CATALOG,
+    SUITES,
+    is_file,
+    load_task,
+    resolve_tasks,
+    task_from_file,
+)
 from keepshot.tasks.targets import REQUESTS
 from keepshot.tasks.task import Task
 
@@ -61,7 +68,13 @@ def test_suites_have_the_promised_sizes_and_name_tasks() -> None:
 
 def test_anchors_share_nothing_with_the_suites_or_the_target() -> None:
     anchors = [CATALOG[name] for name in SUITES["anchors"]]
-    others = [CATALOG[name] for name in CATALOG if name not in SUITES["anchors"]]
+    # In capitals, or twice: a run refuses them beside the anchors.
+    alike = {
+        "third-capitals", "food-capitals", "second-twice", "animal-twice", "third-number-twice",
+    }  # fmt: skip
+    others = [CATALOG[name] for name in CATALOG if name not in {*SUITES["anchors"], *alike}]
+    assert {CATALOG[name].rule for name in alike} == {"letter case", "repetition"}
+    assert alike < set(SUITES["composed"])
     assert {entry.role for entry in anchors} == {"anchor"}
     for shared in ("rule", "domain", "source"):
         kept = {getattr(entry, shared) for entry in anchors}
@@ -88,6 +101,14 @@ def test_no_anchor_question_occurs_in_a_measured_task(built: dict[str, Task]) ->
     asked = set().union(*(questions(built[n]) for n in CATALOG if n not in SUITES["anchors"]))
     for name in SUITES["anchors"]:
         assert not questions(built[name]) & asked, name
+
+
+def test_names_too_long_for_a_path_are_unknown_tasks() -> None:
+    """The system's refusal of such a path came as a traceback."""
+    assert not is_file("x" * 300)
+    for name, told in (("x" * 300, "is unknown"), ("x" * 300 + ".jsonl", "cannot be read")):
+        with pytest.raises(TaskError, match=told):
+            load_task(name, NoAssets())
 
 
 def test_known_facts(built: dict[str, Task]) -> None:

@@ -11,7 +11,8 @@ import pytest
 import typer
 
 from command import status
-from keepshot import cli
+from keepshot import cli, exits
+from keepshot.errors import ServerError
 
 COMMON = {"--out", "--json"}
 SPEC = COMMON | {"--seed", "--device", "--dtype", "--set", "--overwrite", "--trust-remote-code"}
@@ -71,6 +72,17 @@ def test_models_json_has_the_fields_of_the_contract(capsys: pytest.CaptureFixtur
     names = {row["name"] for row in rows}
     assert names == {"smollm2-135m-instruct", "gemma-3-270m"}
     assert {"name", "source", "licence", "num_parameters", "path"} == rows[0].keys()
+
+
+def test_a_complaint_gives_the_terminal_no_orders(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a server answered is part of some."""
+
+    def refused() -> None:
+        raise ServerError("HTTP 401: \x1b]0;title\x07no;\ngive a key")
+
+    assert exits.status(refused) == 2
+    said = capsys.readouterr().err
+    assert said == "keepshot: HTTP 401: \u241b]0;title\u2407no;\ngive a key\n"
 
 
 @pytest.mark.parametrize("command", [["--help"], ["tasks"], ["run", "--help"], ["methods"]])

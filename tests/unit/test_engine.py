@@ -19,11 +19,14 @@ from transformers import (
     MambaConfig,
     MistralConfig,
     MptConfig,
+    Phi3Config,
     PretrainedConfig,
 )
 
 from cases import FAMILIES
+from keepshot.errors import ModelError
 from keepshot.models.loading import LanguageModel
+from keepshot.scoring.decoding import open_answer
 from keepshot.scoring.engine import Engine
 from keepshot.scoring.request import (
     Generate,
@@ -35,7 +38,8 @@ from keepshot.scoring.request import (
     Request,
     Result,
 )
-from pico import SHARED, VOCAB_SIZE, character_tokenizer
+from keepshot.scoring.shared import Reading
+from pico import SHARED, VOCAB_SIZE, character_tokenizer, pico_model
 
 SAME: dict[str, Any] = dict(SHARED)
 SMALL: dict[str, Any] = {
@@ -241,6 +245,70 @@ def test_greedy_match_equals_decoding_the_answer(
     assert num_correct > 5 or family == "gemma3"
 
 
+def test_a_right_answer_may_end_within_its_last_token() -> None:
+    model = pico_model("llama")
+    model.tokenizer.add_tokens(["!\n\n"])
+    (joined,) = model.encode_plain("!\n\n")
+    told = [*model.encode_plain(" Hi"), joined, 9, 9]
+    for wanted, text in ((" Hi!", " Hi!"), (" Hi", " Hi!"), (" Hi!\n!", " Hi!")):
+        match = GreedyMatch((5,), tuple(model.encode_plain(wanted)))
+        answer = open_answer(0, match, told, model)
+        assert answer is not None
+        result = Reading(told, []).result(match, answer)
+        assert result == GreedyMatchResult(False, text, True), "right or not is told by the text"
+
+
+def test_answers_that_begin_alike_are_not_read_by_each_other(
+    pico_models: dict[str, LanguageModel],
+) -> None:
+    """Several reference answers to one question share a cache that holds their common beginning."""
+    generator = random.Random(8)
+    context, common = tokens(generator, 60), tokens(generator, 100)
+    requests: list[Request] = [
+        GreedyMatch(context, common + tokens(generator, 40)) for _ in range(3)
+    ]
+    requests.append(GreedyMatch(tokens(generator, 20), tokens(generator, 4)))
+    model = pico_models["llama"]
+    assert Engine(model).run(requests) == Engine(model, share=False).run(requests)
+
+
+def test_rotary_positions_that_depend_on_length_are_not_shared() -> None:
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4, "original_max_position_embeddings": 64,
+    }  # fmt: skip
+    config = Phi3Config(**SMALL, original_max_position_embeddings=64, rope_parameters=rope)
+    model = other_pico(config)
+    generator = random.Random(9)
+    before = tokens(generator, 50)
+    requests: list[Request] = [
+        LogLikelihood(tokens(generator, 20), tokens(generator, 2)) for _ in range(4)
+    ]
+    requests += [
+        LogLikelihood(before + tokens(generator, n), tokens(generator, 2)) for n in (4, 20)
+    ]
+    engine = Engine(model)
+    assert engine.sharing == "packed"
+    expected = [Engine(model, share=False).run([request])[0] for request in requests]
+    assert_same(engine.run(requests), expected, requests)
+    assert engine.cost.tokens_prefilled == engine.plan(requests).tokens_prefilled
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_model_that_answers_nan_is_refused(
+    fresh_pico: Callable[..., LanguageModel], share: bool
+) -> None:
+    model = fresh_pico("llama")
+    engine = Engine(model, share=share)
+    with torch.no_grad():
+        next(model.module.parameters())[:] = float("nan")
+    with pytest.raises(ModelError, match="answers with NaN"):
+        engine.run([LogLikelihood((5, 6), (7,))])
+    if share:
+        with pytest.raises(ModelError, match="answers with NaN"):
+            Engine(model)
+
+
 def often_ending(model: LanguageModel) -> LanguageModel:
     """Let one token in four end an answer, or a random model would hardly ever end one."""
     model.module.config.eos_token_id = list(range(1, VOCAB_SIZE, 4))
@@ -309,6 +377,19 @@ def test_plan_says_what_run_will_spend(pico_models: dict[str, LanguageModel]) ->
     planned = engine.plan(requests).tokens_prefilled
     engine.run(requests)
     assert engine.cost.tokens_prefilled == planned
+
+
+def test_plan_promises_no_savings_where_nothing_can_be_shared(
+    pico_models: dict[str, LanguageModel],
+) -> None:
+    """`measure --plan` said 7.3 times fewer tokens for a recurrent model, which reads them all."""
+    requests = some_requests(10)
+    recurrent, _ = MORE_CONFIGS["mamba"]
+    for engine in (Engine(other_pico(recurrent)), Engine(pico_models["llama"], share=False)):
+        planned = engine.plan(requests)
+        engine.run(requests)
+        assert engine.cost.tokens_prefilled == planned.tokens_prefilled
+        assert planned.tokens_prefilled == planned.tokens_padded == planned.tokens_naive
 
 
 def test_half_precision_shares_too(fresh_pico: Callable[..., LanguageModel]) -> None:

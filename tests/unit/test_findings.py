@@ -248,6 +248,31 @@ def test_tasks_tuned_for_are_told_apart():
     assert [one.num_tasks for one in asked(found, tasks="not tuned for")] == [4]
 
 
+def test_tasks_tuned_for_are_told_apart_where_models_were_asked_different_ones():
+    """Bases are asked the tasks of all targets, a tuned model its own alone."""
+    items = made_items(12, 6, 6, families=4)
+    tuned, first = items["stage"] == "tuned", items["recipe"] == "full"
+    own = tuned & np.where(first, items["task"] == "task-04", items["task"] == "task-05")
+    other = tuned & np.where(first, items["task"] == "task-05", items["task"] == "task-04")
+    items = items.assign(is_target=own)[~other]
+    found = findings(items, DOMAINS)
+    assert [one.num_tasks for one in asked(found)] == [4]
+    assert [one.num_tasks for one in asked(found, tasks="tuned for")] == [1]
+    assert [one.num_tasks for one in asked(found, tasks="not tuned for")] == [4]
+    alone = findings(items[items["task"].isin(["task-04", "task-05"])], DOMAINS)
+    assert alone is not None
+    assert NO_PAIRS not in alone.notes
+    mine, theirs = asked(found, tasks="tuned for")[0], asked(alone)[0]
+    assert mine.value == theirs.value
+
+
+def test_the_noise_of_a_mean_over_tasks_is_that_of_a_mean():
+    scores = score_frame(made_items(40, 12, 30, families=4))
+    apart, whole = pairs(scores, shots=4), pairs(scores, shots=4, by_task=False)
+    by_model = apart.groupby("model", sort=False)["noise"].mean().to_numpy()
+    np.testing.assert_allclose(whole["noise"], by_model / 12)
+
+
 def test_models_that_write_their_own_examples_stand_apart():
     items = made_items(16, 5, 6, families=4)
     writers = items[(items["stage"] == "tuned") & (items["setting"] == "direct")].copy()

@@ -316,6 +316,32 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def test_what_asks_the_same_is_chosen_on_or_reported_on(tmp_path: Path) -> None:
+    """Questions that came again lay in both splits, since these were cut by position."""
+    path = write_task(tmp_path)
+    rows = [{"q": f"tree {n % 5}", "choices": [f"oak {n}", f"elm {n}"], "a": 0} for n in range(15)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "test.jsonl").write_text(text, encoding="utf-8")
+    [task] = harness_tasks([str(path)], validation_share=0.5)
+    assert (len(task.validation), len(task.test)) == (6, 9)
+    assert not {e.input for e in task.validation} & {e.input for e in task.test}
+    [whole] = harness_tasks([str(path)])
+    assert [e.input[3:9] for e in whole.test[:6]] == [f"tree {n}" for n in (0, 1, 2, 3, 4, 0)]
+    # Minimal pairs ask nothing: their choices are what differs.
+    [pairs] = harness_tasks([str(write_pairs(tmp_path))], validation_share=0.5)
+    assert (len(pairs.validation), len(pairs.test)) == (7, 7)
+    assert not {e.choices for e in pairs.validation} & {e.choices for e in pairs.test}
+
+
+def write_pairs(folder: Path) -> Path:
+    """A task without questions, the last and the first of whose pairs are the same."""
+    path = write_task(folder, doc_to_text="")
+    rows = [{"q": "", "choices": [f"oak {n}", f"elm {n}"], "a": 0} for n in (*range(13), 0)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "test.jsonl").write_text(text, encoding="utf-8")
+    return path
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_their_tasks_are_asked_and_graded_as_they_do(tmp_path: Path, kind: str) -> None:
     """lm-eval's prompts under the same demonstrations, and its grade of each question."""

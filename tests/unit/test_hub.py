@@ -33,7 +33,16 @@ def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     chat = tmp_path / "owner" / "chat"
     chat.mkdir()
     (chat / "test.jsonl").write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    write_rows(tmp_path / "owner" / "uneven", "a", {"input": "a", "output": "b"})
+    write_rows(tmp_path / "owner" / "uneven", "b", {"text": "a"})
+    listed = {"instruction": ["Name", "a colour"], "input": "", "output": "red"}
+    write_rows(tmp_path / "owner" / "listed", "a", listed)
     return tmp_path / "owner"
+
+
+def write_rows(place: Path, name: str, row: object) -> None:
+    place.mkdir(exist_ok=True)
+    (place / f"{name}.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
 
 
 def test_instructions_become_questions_and_answers(layout: Path) -> None:
@@ -53,7 +62,10 @@ def test_a_split_is_named_and_conversations_are_read(layout: Path) -> None:
     ("name", "message"),
     [
         ("/no/such/place", "there is no directory '/no/such/place'"),
+        ("./" + "x" * 300, "there is no directory './x"),
         ("{layout}/general:validation", "cannot be read as a data set"),
+        ("{layout}/uneven", "cannot be read as a data set"),
+        ("{layout}/listed", r"row 1: field 'instruction' is \['Name', 'a colour'\]; expected"),
     ],
 )
 def test_what_is_not_there_is_said(name: str, message: str, layout: Path) -> None:

@@ -7,11 +7,12 @@ an interrupted run ends like an uninterrupted one does.
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ from transformers import AutoModelForCausalLM
 from coloured import write_colours
 from command import status
 from keepshot.assets import AssetStore, sha256_of
+from keepshot.errors import GateError
+from keepshot.jobs.gate import check_retention
+from keepshot.jobs.ledger import Ledger
 from keepshot.models.checkpoint import TensorReader
 from keepshot.models.loading import LanguageModel, load, save
-from keepshot.records import ResultDocument, read_items
+from keepshot.records import Cost, ItemResult, ResultDocument, SummaryRow, read_items
 from pico_gguf import write_gguf
 
 RECIPE: dict[str, Any] = {
@@ -146,6 +150,20 @@ def test_a_gate_that_does_not_hold_leaves_with_3(
     code = status("measure", "base", "other", *arguments, "--require-retention", "99")
     assert code == 3
     assert "retention" in capsys.readouterr().err
+
+
+def test_no_retention_is_as_much_as_nan() -> None:
+    rows = [
+        SummaryRow(
+            arm=arm, model="m", shots=4, icl=0.5, icl_ci95=(0.4, 0.6), icl_gain=0.3,
+            retention=retention, retention_ci95=(0.0, 0.1), num_items=9,
+        )
+        for arm, retention in (("before", 1.0), ("kept", 0.5))
+    ]  # fmt: skip
+    document = ResultDocument(models=[], scores=[], summary=rows, cost=Cost())
+    check_retention(document, 0.5)
+    with pytest.raises(GateError, match=r"kept: retention 0\.500 .* is below the nan"):
+        check_retention(document, float("nan"))
 
 
 def test_an_interrupted_run_goes_on_and_ends_like_an_uninterrupted_one(
@@ -388,17 +406,107 @@ def test_a_sweep_does_not_go_on_with_another_model(
         assert status("blend", "base", "other", *sweep) == 130
     kept = workplace / ".path.unfinished" / "parts" / "path-1.parquet"
     written = kept.stat().st_mtime_ns
-    file = workplace / "other" / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
+    change_weights(workplace / "other")
     capsys.readouterr()
     assert status("blend", "base", "other", *sweep) == 2
     assert "other has changed;\nadd --overwrite to discard it" in capsys.readouterr().err
     assert kept.stat().st_mtime_ns == written
+    change_weights(workplace / "other")
+    assert status("blend", "base", "other", *sweep) == 0
+
+
+def test_measuring_does_not_go_on_with_a_model_that_changed(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kept rows were of the old weights, and the record carried the new weights' sha256."""
+    words = ["measure", "base", "other", "--tasks", "addition", "--limit", "2", "--out", "out"]
+    _stop_once_kept(words, monkeypatch)
+    change_weights(workplace / "base")
+    capsys.readouterr()
+    assert status(*words) == 2
+    assert "unfinished:\nbase has changed;\nadd --overwrite" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_another_base(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Arms tuned from new weights stood beside `before` of the old ones."""
+    words = ["run", "recipe.yaml", "--out", "out"]
+    _stop_once_kept(words, monkeypatch)
+    change_weights(workplace / "base")
+    capsys.readouterr()
+    assert status(*words) == 2
+    assert "unfinished:\nbase has changed;\nadd --overwrite" in capsys.readouterr().err
+
+
+def test_tuning_does_not_go_on_from_another_base(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["tune", "--model", "base", "--data", "colours.jsonl", "--keep", "none", "--out", "t"]
+
+    def stop(*_: object, **__: object) -> None:
+        (workplace / ".t.unfinished" / "tuning.json").touch()  # so that there is what to go on from
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("keepshot.jobs.tune.train", stop)
+        assert status(*words) == 130
+    change_weights(workplace / "base")
+    capsys.readouterr()
+    assert status(*words) == 2
+    assert "unfinished:\nbase has changed;\nadd --overwrite" in capsys.readouterr().err
+
+
+def _stop_once_kept(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupt a command when the rows of its first arm are kept."""
+    keep = Ledger.keep
+
+    def keep_and_stop(self: Ledger, part: str, rows: Sequence[ItemResult]) -> None:
+        keep(self, part, rows)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "keep", keep_and_stop)
+        assert status(*words) == 130
+
+
+def change_weights(folder: Path) -> None:
+    """Change one byte of the weights; change it back the second time."""
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert status("blend", "base", "other", *sweep) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            "run recipe.yaml --set measure.tasks=[copy.jsonl]",
+            "target 'colours.jsonl' holds 48 of the 60 questions of measured task 'copy.jsonl'",
+        ),
+        (
+            "blend base other --sweep 0,1 --target colours.jsonl --tasks copy.jsonl",
+            "target 'colours.jsonl' holds 48 of the 60 questions of measured task 'copy.jsonl'",
+        ),
+        (
+            "run recipe.yaml --set measure.tasks=[addition,third-capitals]",
+            "anchor task 'upper-case' has the rule of measured task 'third-capitals'",
+        ),
+        (
+            "tune --model base --data colours.jsonl --set auto.guard_tasks=[second-twice]",
+            "anchor task 'repeat-words' has the rule of measured task 'second-twice'",
+        ),
+    ],
+)
+def test_what_is_trained_on_is_not_measured_under_another_name(
+    words: str, told: str, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(workplace / "colours.jsonl", workplace / "copy.jsonl")
+    assert status(*words.split(), "--out", "out") == 2
+    error = capsys.readouterr().err.replace("\n", " ")
+    assert told in error
+    assert "what is trained on cannot show what is kept: leave one of them out" in error
 
 
 def test_blend_writes_one_point_and_sweeps_a_path(

@@ -55,6 +55,14 @@ def test_ones_own_model_and_data_reach_every_arm() -> None:
     assert {(a.model, a.data, a.seed) for a in spec.arms.values()} == {("org/name", "my.jsonl", 3)}
 
 
+@pytest.mark.parametrize("name", [".", "..", "../other", ".hidden"])
+def test_a_run_s_name_stays_in_its_directory(name: str) -> None:
+    """`..` took the working directory's place, which `--overwrite` deleted."""
+    with pytest.raises(ConfigError, match=f"`name` = '{name}'"):
+        run_spec(None, {}, [f"name={name}"])
+    assert run_spec(None, {}, ["name=v1.0-a..b"]).name == "v1.0-a..b"
+
+
 def test_tune_without_a_recipe_keeps_by_default() -> None:
     recipe = tune_spec(None, {"data": "my.jsonl"}, {}, []).recipe
     assert isinstance(recipe.method, LoRA)

@@ -124,8 +124,9 @@ def test_a_file_of_judgements_is_a_judge(tmp_path: Path) -> None:
     ]
     path = tmp_path / "gold.json"
     path.write_text(json.dumps(rows), "utf-8")
-    name, found = read_preferences(path)
-    judgements = from_preferences([Comparison(str(i), "a", "b") for i in range(1, 7)], found)
+    comparisons = [Comparison(str(i), "a", "b") for i in range(1, 7)]
+    name, found = read_preferences(path, comparisons)
+    judgements = from_preferences(comparisons, found)
     assert name == "gold"
     assert [j.preference for j in judgements] == [1.0, 0.25, 0.5, None, 0.0, 0.5]
     rate = win_rate(judgements, NAMES, (name, ""))
@@ -135,7 +136,34 @@ def test_a_file_of_judgements_is_a_judge(tmp_path: Path) -> None:
     assert rate.failures == {"judgement is null": 1}
     path.write_text(json.dumps([{"instruction": "1", "preference": 3}]), "utf-8")
     with pytest.raises(TaskError, match="row 1: 'preference' is 3"):
-        read_preferences(path)
+        read_preferences(path, comparisons)
+    path.write_text(json.dumps([rows[0], rows[1], rows[0]]), "utf-8")
+    with pytest.raises(TaskError, match="row 3: instruction '1' is there twice"):
+        read_preferences(path, comparisons)
+
+
+def test_judgements_are_of_the_answers_that_are_compared(tmp_path: Path) -> None:
+    """They were joined by instruction alone, and so were any model's, on either side."""
+    path = tmp_path / "gold.json"
+    rows = [
+        {"instruction": "1", "output_1": "b", "output_2": "a", "preference": 2},
+        {"instruction": "2", "output_1": "b", "output_2": "a", "preference": 1.25},
+        {"instruction": "3", "output_1": "b", "output_2": "a", "preference": None},
+        {"instruction": "4", "preference": 1},
+        {"instruction": "not compared", "output_1": "x", "output_2": "y", "preference": 1},
+    ]
+    path.write_text(json.dumps(rows), "utf-8")
+
+    def preferences(candidate: str, reference: str) -> list[float | None]:
+        comparisons = [Comparison(str(i), candidate, reference) for i in range(1, 5)]
+        found = read_preferences(path, comparisons)[1]
+        return [j.preference for j in from_preferences(comparisons, found)]
+
+    assert preferences("a", "b") == [1.0, 0.25, None, 0.0]
+    assert preferences("b", "a") == [0.0, 0.75, None, 0.0]
+    for candidate, reference in (("z", "b"), ("a", "z"), ("a", "a")):
+        with pytest.raises(TaskError, match=r"gold.json row 1: judges other answers to '1'"):
+            preferences(candidate, reference)
 
 
 def test_agreement_of_two_judges() -> None:

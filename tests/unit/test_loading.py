@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
+from transformers import Gemma3Config, Gemma3TextConfig
 
 from keepshot.assets import AssetStore
 from keepshot.errors import ModelError, OutputError
@@ -101,6 +103,10 @@ def test_digests_follow_the_file(tmp_path, cache):
     assert one == file_sha256(path, cache)
     path.write_bytes(b"other")
     assert file_sha256(path, cache) != one
+    path.unlink()
+    path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match="f: cannot be read: No such file"):
+        file_sha256(path, cache)
 
 
 def test_truncated_weights_are_named(cache, saved):
@@ -312,3 +318,38 @@ def test_answers_end_at_newline_or_eos():
     assert model.ends_answer(model.encode("\n")[-1])
     assert not model.ends_answer(model.encode("a")[-1])
     assert not model.ends_answer(model.encode(" ")[-1])
+
+
+def test_an_answer_may_end_within_a_token():
+    """Some tokenizers join a full stop to the newlines behind it."""
+    model = with_tokenizer(add_bos=False)
+    model.tokenizer.add_tokens(["!\n\n"])
+    (joined,) = model.encode_plain("!\n\n")
+    assert model.last_of_answer(joined) == "!"
+    assert (model.last_of_answer(1), model.last_of_answer(model.encode("a")[0])) == ("", None)
+    assert model.decode_answer([*model.encode(" Hi"), joined]) == " Hi!"
+    assert model.decode_answer([*model.encode(" Hi\n\n")]) == " Hi\n"
+    assert model.decode_answer([*model.encode(" Hi"), 1]) == " Hi"
+
+
+def test_newlines_before_an_answer_stay_with_the_prompt():
+    for model in (with_tokenizer(add_bos=False), with_tokenizer(add_bos=True)):
+        before, answer = model.encode_answer("Say so.\nAnswer:\n", "yes")
+        assert before == model.encode("Say so.\nAnswer:\n")
+        assert answer == model.encode_plain("yes")
+        spaced = model.encode_answer("Say so.\nAnswer:\n ", "yes")
+        assert spaced == (before, model.encode_plain(" yes"))
+        for context in ("A: ", "A:", ""):
+            assert model.encode_answer(context, " yes") == model.encode_pair(context, " yes")
+
+
+def test_what_a_text_model_within_a_larger_one_says_is_read():
+    model = pico_model("llama")
+    text: Any = model.module.config
+    outer = Gemma3Config(text_config=Gemma3TextConfig(max_position_embeddings=77, eos_token_id=5))
+    model.module.config = outer
+    try:
+        assert model.context_length == 77
+        assert 5 in model.eos_ids
+    finally:
+        model.module.config = text

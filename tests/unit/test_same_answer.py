@@ -94,8 +94,10 @@ def test_shares_are_even_and_keep_prefixes_together(num_shares: int) -> None:
 def test_join_processes_reads_what_torchrun_sets() -> None:
     assert join_processes({}) == ALONE
     assert join_processes({"WORLD_SIZE": "1", "RANK": "0"}) == ALONE
-    with pytest.raises(ConfigError, match="torchrun --nproc_per_node"):
-        join_processes({"WORLD_SIZE": "2"})
+    for environ in ({"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"}, {"WORLD_SIZE": "2", "RANK": "x"}):
+        with pytest.raises(ConfigError, match="torchrun --nproc_per_node") as caught:
+            join_processes(environ)
+        assert f"WORLD_SIZE='{environ['WORLD_SIZE']}'" in str(caught.value)
 
 
 def test_two_processes_give_the_document_of_one(tmp_path: Path) -> None:

@@ -101,6 +101,13 @@ def test_null_choices_in_parquet_mean_none(tmp_path: Path) -> None:
         ({"messages": []}, r"line 2: 'messages' is \[\]"),
         ({"messages": [{"role": "bot", "content": "x"}]}, r"line 2, message 1: role 'bot'"),
         ({"messages": [{"role": "user", "content": "x"}]}, r"line 2: the last message must be"),
+        ({"input": "a \ud83d", "output": "b"}, r"line 2: field 'input' holds half a character"),
+        (
+            {"input": "a", "output": "b", "choices": ["b", "\ud83d"]},
+            r"line 2: choice '\\ud83d' holds half a character \('\\ud83d'\); write the whole one",
+        ),
+        (f'{{"input": {"1" * 5000}}}', r"line 2: is not JSON \(a number is too long\)"),
+        ("[" * 100_000, r"line 2: is not JSON \(nested too deeply\)"),
     ],
 )
 def test_faults_name_file_and_line(tmp_path: Path, bad: Any, message: str) -> None:

@@ -83,3 +83,27 @@ def test_draws_of_demonstrations_widen_the_interval() -> None:
     interval = stats.mean_over_tasks(disagreeing, np.random.default_rng(0))
     assert interval.value == 0.5
     assert interval.ci95 == pytest.approx((0.0, 1.0))
+
+
+def test_seeds_of_tuning_are_one_level_for_all_tasks() -> None:
+    """200 simulated studies of 12 tasks x 16 items under 3 seeds that differ by .08.
+
+    A seed is better or worse on all tasks at once; drawn anew for each, coverage was .83 (.69 with
+    two draws).
+    """
+    generator = np.random.default_rng(3)
+    covered = 0
+    for _ in range(200):
+        seeds = generator.normal(0.5, 0.08, (3, 1)).clip(0, 1)
+        tasks = [(generator.random((3, 16)) < seeds).astype(float) for _ in range(12)]
+        interval = stats.mean_over_tasks(tasks, generator, [3] * 12)
+        covered += interval.low <= 0.5 <= interval.high
+    assert covered / 200 >= 0.86
+
+
+def test_seeds_that_disagree_widen_the_interval_of_many_tasks() -> None:
+    disagreeing = [np.vstack([np.ones(50), np.ones(50), np.zeros(50), np.zeros(50)])] * 20
+    seeds = stats.mean_over_tasks(disagreeing, np.random.default_rng(0), [2] * 20)
+    assert seeds.ci95 == pytest.approx((0.0, 1.0))
+    draws = stats.mean_over_tasks(disagreeing, np.random.default_rng(0))
+    assert draws.high - draws.low < 0.3

@@ -9,7 +9,7 @@ import pytest
 
 from keepshot.assets import AssetStore
 from keepshot.jobs.recipes import study_spec
-from keepshot.jobs.study import grid_of
+from keepshot.jobs.study import Running, grid_of
 from keepshot.jobs.study_apart import Unwatched
 from keepshot.jobs.study_plan import plan_study
 from keepshot.jobs.target import load_target
@@ -142,7 +142,7 @@ def test_shipped_studies_can_be_planned(
     changed = ["models=[base]", "targets=[support]", "exclude=[]", f"asks.{few}.limit=2"]
     spec = study_spec(STUDIES / name, {}, changed)[0]
     timed = name == "keep.yaml"
-    plan = plan_study(spec, store, tmp_path / "runs", Unwatched(), calibrate=timed)
+    plan = plan_study(spec, store, tmp_path / "runs", Unwatched(), Running(), calibrate=timed)
     assert all(work.tokens and work.tokens > 0 for work in plan.work)
     assert (plan.seconds_left is not None) == timed
     tuned = {w.what: w.tokens or 0 for w in plan.work if w.kind == "tune"}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from keepshot.assets import AssetStore
+from keepshot.jobs.study import Running
 from keepshot.jobs.study_apart import Unwatched
 from keepshot.jobs.study_plan import StudyPlan, Work, plan_study
 from keepshot.jobs.study_trials import Amount, Pace, Rates
@@ -44,7 +45,7 @@ def test_a_trial_takes_the_steps_that_a_study_does(
         "asks": {"a": {"tasks": ["addition"], "limit": 2}},
     }  # fmt: skip
     spec = StudySpec.from_mapping(content, source="study.yaml")
-    plan = plan_study(spec, store, tmp_path / "runs", Unwatched())
+    plan = plan_study(spec, store, tmp_path / "runs", Unwatched(), Running())
     [tuned] = [work for work in plan.work if work.kind == "tune"]
     assert tuned.source == "calibrated"
     assert tuned.seconds is not None

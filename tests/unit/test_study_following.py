@@ -111,6 +111,23 @@ def test_two_asks_are_told_apart(workplace: Path, capsys: pytest.CaptureFixture[
     ]  # fmt: skip
 
 
+def test_instructions_that_are_asked_no_more_are_gone(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The old arms' rows stayed, and were queried as the study's own."""
+    both = {"tasks": ["addition"], "settings": ["direct"], "limit": 2, "following": FOLLOWING}
+    changes: dict[str, Any] = {"recipes": {}, "blends": None}
+    assert status("study", written(asks={"both": both}, **changes)) == 0
+    place = workplace / "runs" / "both"
+    assert (place / "instructions.parquet").is_file()
+    del both["following"]
+    assert status("study", written(asks={"both": both}, **changes), "--overwrite") == 0
+    assert not (place / "instructions.parquet").exists()
+    capsys.readouterr()
+    assert status("query", "select * from study_instructions", str(place)) == 2
+    assert "study_instructions does not exist" in capsys.readouterr().err
+
+
 def test_identities_change_with_what_is_asked() -> None:
     def ids(contents: dict[str, str] | None = None, **ask: Any) -> set[str]:
         whole = {**STUDY, "recipes": {}, "blends": None, "asks": {"both": {**ask}}}

@@ -289,11 +289,18 @@ def test_plan_counts_and_writes_nothing(
         ({"targets": ["colors.jsonl"]}, (), "colors.jsonl"),
         ({"asks": {"a": {"tasks": ["adition"]}}}, (), "nearest is 'addition'"),
         ({"asks": {"a": {"tasks": ["upper-case", "addition"]}}}, (), "anchor task 'upper-case'"),
+        ({"asks": {"a": {"tasks": ["third-capitals"]}}}, (), "the rule of measured task"),
         ({"asks": {"a": {"template": "cahtty"}}}, (), "template 'cahtty'"),
         ({}, ("--engine", "rya"), "expected local, ray, or HOST:PORT"),
         ({}, ("--engine", "127.0.0.1:1"), "no Ray cluster at '127.0.0.1:1'"),
         ({}, ("--workers", "2"), "needs --engine ray"),
         ({}, ("--limit-minutes", "0"), "expected more than 0"),
+        ({}, ("--limit-minutes", "nan"), "expected more than 0"),
+        ({}, ("--plan", "--engine", "rya"), "expected local, ray, or HOST:PORT"),
+        ({}, ("--plan", "--workers", "2"), "needs --engine ray"),
+        ({}, ("--plan", "--limit-minutes", "-5"), "expected more than 0"),
+        ({}, ("--plan", "--out", "base"), "already exists"),
+        ({}, ("--plan", "--status"), "give one"),
         ({}, ("--status",), "no study lies here yet"),
         ({}, ("--out", "base"), "already exists"),
     ],
@@ -324,6 +331,8 @@ def test_a_directory_of_another_study_is_refused(
     for arguments in ((), ("--status",), ("--plan",)):
         assert status("study", "study.yaml", *arguments) == 2
         assert "holds another study" in capsys.readouterr().err
+    assert status("study", "study.yaml", "--plan", "--overwrite", "--json") == 0
+    assert sum(row["done"] for row in json.loads(capsys.readouterr().out)["work"]) == 1
     assert status("study", "study.yaml", "--overwrite", "--json") == 0
     assert json.loads(capsys.readouterr().out)["total"] == 2
     assert os.listdir(workplace / "runs" / "tiny" / "units")

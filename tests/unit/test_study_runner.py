@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -340,3 +341,40 @@ def test_a_directory_belongs_to_one_study(tmp_path: Path) -> None:
     (tmp_path / "full" / "thesis.txt").touch()
     with pytest.raises(OutputError, match="already exists"):
         StudyDirectory(tmp_path / "full").open("", "x")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+    (tmp_path / "models" / "models").mkdir(parents=True)
+    with pytest.raises(OutputError, match="already exists"):
+        StudyDirectory(tmp_path / "models").open("", "x")
+
+
+def test_runners_that_start_at_once_share_the_directory(tmp_path: Path) -> None:
+    for number in range(20):
+        place, barrier = tmp_path / str(number), threading.Barrier(4)
+
+        def start(place: Path = place, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            StudyDirectory(place).open("name: s\n", "s")
+
+        with ThreadPoolExecutor(4) as pool:
+            for started in [pool.submit(start) for _ in range(4)]:
+                started.result()
+        assert (place / "fingerprint").read_text("utf-8") == "s\n"
+
+
+def test_a_directory_whose_first_runner_was_killed_is_gone_on_with(tmp_path: Path) -> None:
+    (tmp_path / "s" / "units").mkdir(parents=True)
+    (tmp_path / "s" / ".lock").touch()
+    StudyDirectory(tmp_path / "s").open("name: s\n", "s")
+    assert (tmp_path / "s" / "models").is_dir()
+
+
+def test_a_failure_that_another_runner_does_again_is_no_failure(tmp_path: Path) -> None:
+    grid, ours = opened(tmp_path / "s")
+    unit = next(iter(grid.units))
+    failed = UnitRecord(unit=unit, kind="tune", label="one", status="failed", reason="once")
+    ours.write_unclaimed(failed)
+    assert ours.records([unit])[unit].status == "failed"
+    theirs = StudyDirectory(tmp_path / "s")
+    theirs.forget([unit])
+    theirs.write_unclaimed(failed.model_copy(update={"status": "done", "reason": ""}))
+    assert ours.records([unit])[unit].status == "done"

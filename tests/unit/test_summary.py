@@ -77,6 +77,20 @@ def test_scores_have_one_row_per_task_shots_and_draw() -> None:
     ]
 
 
+def test_repeated_questions_count_in_the_summary_as_in_the_scores() -> None:
+    """Of one question and answer the last row alone counted: icl .25 beside a score of .6."""
+    right = [0.0, 1.0, 1.0, 1.0, 0.0]
+    before = [row("before", "words", 0, correct, answer="a") for correct in right]
+    before += [row("before", "words", item, 0.0) for item in (1, 2, 3)]
+    after = [replace(item, arm="plain", model="plain") for item in before]
+    after[1] = replace(after[1], correct=0.0, answer="b")
+    (whole, tuned), found = summarise(before + after), scores(before, {"words": 1})
+    assert whole.icl == found[0].value == pytest.approx(3 / 8)
+    assert whole.num_items == found[0].num_items == 8
+    assert tuned.icl == pytest.approx(2 / 8)
+    assert tuned.changed == pytest.approx(1 / 8)
+
+
 def test_unpaired_arms_are_a_bug() -> None:
     with pytest.raises(AssertionError, match="same tasks, draws and items"):
         summarise(arm("before", 16, 5) + arm("plain", 4, 9)[:19], target="target")

@@ -59,6 +59,13 @@ def test_arms_of_a_study_stand_beside_their_own_base(tmp_path: Path) -> None:
     assert first.group != second.group
 
 
+@pytest.mark.parametrize("content", ['{"x": 1}', "{torn"])
+def test_a_study_that_cannot_be_read_is_said(tmp_path: Path, content: str) -> None:
+    (tmp_path / "study.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"study\.json: not a study's document"):
+        real_arms(tmp_path)
+
+
 def test_a_directory_without_arms_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no results\.json"):
         real_arms(tmp_path)

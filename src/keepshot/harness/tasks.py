@@ -7,7 +7,9 @@ that comparisons are paired and prefixes shared. What cannot be is refused, neve
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from keepshot.harness.extra import MAX_GEN_TOKENS, lm_eval
 from keepshot.harness.launch import unknown_tasks
 from keepshot.harness.once import compile_templates_once
 from keepshot.prompts import Example
+from keepshot.tasks.catalog import take_groups
 from keepshot.tasks.task import Answer, Asked, Task, group_by_input
 
 PREFIX = "lm-eval:"
@@ -92,7 +95,7 @@ def _convert(name: str, found: Any, shots: int, validation_share: float) -> Task
             f"the {shots} shots asked for; ask for fewer shots"
         )
     examiner.check(pool[:shots], asked[0])
-    num_validation = int(len(asked) * validation_share)
+    validation, test = _held_out(asked, int(len(asked) * validation_share))
     return Task(
         name=f"{PREFIX}{name}",
         kind="choice" if found.OUTPUT_TYPE == "multiple_choice" else "exact",
@@ -100,10 +103,26 @@ def _convert(name: str, found: Any, shots: int, validation_share: float) -> Task
         domain="lm-eval",
         description=f"lm-evaluation-harness task {name}",
         demonstrations=tuple(pool),
-        validation=tuple(asked[:num_validation]),
-        test=tuple(asked[num_validation:]),
+        validation=tuple(validation),
+        test=tuple(test),
         examiner=examiner,
     )
+
+
+def _held_out(asked: list[Example], count: int) -> tuple[list[Example], list[Example]]:
+    """Take the first questions, at most `count`, with all that ask the same; return the rest too.
+
+    Minimal pairs are all asked in the same words, or none: what they ask is their choices.
+    """
+    if not count:
+        return [], asked
+    taken, left = take_groups(group_by_input(asked), count)
+    if not taken:
+        pairs: dict[object, list[Example]] = defaultdict(list)
+        for example in asked:
+            pairs[example.input, example.choices].append(example)
+        taken, left = take_groups(list(pairs.values()), count)
+    return list(itertools.chain(*taken)), list(itertools.chain(*left))
 
 
 def _check(name: str, found: Any, shots: int) -> None:

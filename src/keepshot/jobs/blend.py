@@ -23,6 +23,7 @@ from keepshot.jobs.ledger import Ledger, model_record
 from keepshot.jobs.loading import load_as
 from keepshot.jobs.measure import plan_for, read_tasks
 from keepshot.jobs.rules import rule_for
+from keepshot.jobs.separation import check_target_apart
 from keepshot.jobs.specs import BlendSpec, Measuring
 from keepshot.jobs.target import load_target
 from keepshot.jobs.workspace import Workspace
@@ -116,6 +117,8 @@ def _questions(spec: BlendSpec, store: AssetStore, progress: Progress) -> Questi
     others = read_tasks(measuring, store, validation=True)
     if target and target.name in {task.name for task in others}:
         raise ConfigError(f"task {target.name!r} is the target; leave it out of --tasks")
+    if target:
+        check_target_apart(others, target)
     return Questions(target, others, measuring, spec.seed)
 
 

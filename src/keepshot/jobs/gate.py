@@ -24,7 +24,7 @@ def check_retention(document: ResultDocument, required: float) -> None:
                 f"{row.arm}: retention is unknown, since the first model is not reliably above "
                 "chance on these tasks; measure tasks that it can do"
             )
-        if row.retention < required:
+        if not row.retention >= required:  # so that nothing reaches nan
             low, high = row.retention_ci95
             raise GateError(
                 f"{row.arm}: retention {row.retention:.3f} [{low:.3f}, {high:.3f}] at "

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
+from datasets.exceptions import DatasetsError
 
 from keepshot.errors import TaskError
+from keepshot.models.reference import exists
 from keepshot.tasks.source import Row, parse_row
 
 HUB = "hub:"
@@ -28,21 +30,26 @@ def read_hub(name: str) -> list[Row]:
         TaskError: if there is no such data set or split, or a row is of no known form.
     """
     place, _, split = name.partition(":")
-    if place.startswith((".", "/")) and not Path(place).is_dir():
+    folder = Path(place)
+    if place.startswith((".", "/")) and not (exists(folder) and folder.is_dir()):
         raise TaskError(f"{HUB}{name}: there is no directory {place!r}")
     try:
         found: Any = load_dataset(place, split=split or "train")
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TaskError(
             f"{HUB}{name}: cannot be read as a data set ({reason[:200]});\n"
             "give OWNER/NAME or OWNER/NAME:SPLIT of one that the hub or its local cache has"
         ) from error
-    return [parse_row(_plain(row), f"{HUB}{name} row {n}") for n, row in enumerate(found, start=1)]
+    places = ((row, f"{HUB}{name} row {number}") for number, row in enumerate(found, start=1))
+    return [parse_row(_plain(row, where), where) for row, where in places]
 
 
-def _plain(row: Mapping[str, Any]) -> Mapping[str, Any]:
+def _plain(row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     if "instruction" not in row or "output" not in row:
         return {key: value for key, value in row.items() if value is not None}
-    asked = "\n".join(filter(None, (row["instruction"], row.get("input"))))
-    return {"input": asked, "output": row["output"]}
+    asked = {key: row[key] for key in ("instruction", "input") if row.get(key)}
+    for key, text in asked.items():
+        if not isinstance(text, str):
+            raise TaskError(f"{where}: field {key!r} is {text!r:.60}; expected a text")
+    return {"input": "\n".join(asked.values()), "output": row["output"]}

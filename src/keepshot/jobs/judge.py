@@ -122,7 +122,7 @@ class _Judging:
         judged: list[tuple[str, list[Judgement]]] = []
         for number, text in enumerate(self.spec.judges):
             if _is_file(text):
-                identity, preferences = read_preferences(Path(text))
+                identity, preferences = read_preferences(Path(text), comparisons)
                 notes.append(f"{identity}: a file of judgements cannot be asked, and is not tested")
                 judgements = from_preferences(comparisons, preferences)
                 asked = identity, ""

@@ -81,7 +81,7 @@ def measure_models(
         check_prompts(light, plan)
         follower.check(light)
     if workspace:
-        workspace.begin()
+        workspace.begin({reference: identify(reference, store) for reference in spec.models})
     ledger = Ledger(workspace, progress, processes=processes, server=server, share=share)
     size = processes.size
     if spec.engine == "ray":

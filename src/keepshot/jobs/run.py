@@ -9,6 +9,7 @@ Lambda is chosen on validation items; every figure of the summary comes from tes
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,13 +26,13 @@ from keepshot.jobs.following import Follower
 from keepshot.jobs.ledger import Ledger, model_record
 from keepshot.jobs.loading import load_as
 from keepshot.jobs.measure import Measured, read_tasks
-from keepshot.jobs.separation import check_apart
+from keepshot.jobs.separation import check_apart, check_rules_apart, check_target_apart
 from keepshot.jobs.specs import ARMS, BlendArm, Measuring, RunSpec, TunedArm
 from keepshot.jobs.target import load_target
 from keepshot.jobs.tune import anchor_tasks, general_rows, naming_what_is_kept
 from keepshot.jobs.workspace import Workspace
 from keepshot.models.identity import directory_sha256
-from keepshot.models.loading import LanguageModel
+from keepshot.models.loading import LanguageModel, identify
 from keepshot.models.reference import parse_reference
 from keepshot.progress import Progress
 from keepshot.records import (
@@ -64,7 +65,7 @@ def run(spec: RunSpec, store: AssetStore, workspace: Workspace, progress: Progre
         UserError: before any model is loaded, wherever the fault can be seen by then.
     """
     job = _Run(spec, store, workspace, progress)
-    workspace.begin()
+    workspace.begin({spec.model: identify(spec.model, store)})
     job.measure_before()
     for arm in ARMS:
         if arm in spec.arms:
@@ -88,12 +89,14 @@ class _Run:
         self.target = load_target(spec.data, store)
         self.tasks = read_tasks(spec.measure, store, validation=spec.blended is not None)
         self._check_separation()
+        check_target_apart(self.tasks, self.target)
         self.anchors = {arm: anchor_tasks(recipe, store) for arm, recipe in spec.arms.items()}
         self.extra = {
             arm: Extra(template=self.target.template, general=general_rows(recipe, store))
             for arm, recipe in spec.arms.items()
         }
         check_apart(self.tasks, self._trained())
+        check_rules_apart(self.tasks, itertools.chain.from_iterable(self.anchors.values()))
         self.items: list[ItemResult] = []
         self.models: list[ModelRecord] = []
         self.training: list[TrainingRecord] = []

@@ -253,7 +253,7 @@ class BlendArm(Spec):
 class RunSpec(Where):
     """`keepshot run`: one model, one target, several arms."""
 
-    name: str = Field(default="run", pattern=r"^[\w.-]+$")
+    name: str = Field(default="run", pattern=r"^\w[\w.-]*$")
     """Name of the run, and of its directory where none is given."""
     model: str
     """Model reference."""

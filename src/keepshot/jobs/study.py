@@ -76,7 +76,7 @@ def study(
         UserError: before any model is loaded, wherever the fault can be seen by then. What a unit
             meets later becomes its record.
     """
-    _check_running(running)
+    check_running(running)
     watch.stage("reading tasks")
     grid = grid_of(spec, store)
     check_size(grid, meant=running.meant)
@@ -167,12 +167,15 @@ def status_of(
 
 
 def finish(spec: StudySpec, grid: Grid, directory: StudyDirectory) -> StudyDocument:
-    """Write `frame.parquet`, `scores.parquet`, `report.md`, `study.json` and `report.html`."""
+    """Write frames and instructions, `report.md`, `study.json` and `report.html`."""
     found = _measured(spec, grid, directory)
     # What was measured comes first: it is there whatever becomes of its analysis.
     write_frames(found.items, score_frame(found.items), directory.path)
+    instructions = directory.path / "instructions.parquet"
     if found.followed:
-        write_instructions(found.followed, directory.path / "instructions.parquet")
+        write_instructions(found.followed, instructions)
+    else:
+        instructions.unlink(missing_ok=True)  # of an ask that was dropped
     document = document_of(spec, grid, directory, found)
     write_text(markdown(document), directory.path / "report.md")
     write_text(document.to_json(), directory.path / RECORD)
@@ -271,7 +274,12 @@ def _work_apart(worker: Worker, grid: Grid, running: Running, limit: float | Non
             watch.tally(tally(grid, directory))
 
 
-def _check_running(running: Running) -> None:
+def check_running(running: Running) -> None:
+    """Check how a study is to be run.
+
+    Raises:
+        ConfigError: naming the option that cannot be used.
+    """
     if running.engine not in ("local", "ray") and ":" not in running.engine:
         raise ConfigError(
             f"--engine {running.engine!r}: expected local, ray, or HOST:PORT of a Ray cluster"
@@ -280,7 +288,7 @@ def _check_running(running: Running) -> None:
         raise ConfigError(
             f"--workers {running.workers} needs --engine ray; add it, or drop --workers"
         )
-    if running.limit_minutes is not None and running.limit_minutes <= 0.0:
+    if running.limit_minutes is not None and not running.limit_minutes > 0.0:
         raise ConfigError(f"--limit-minutes {running.limit_minutes:g}: expected more than 0")
 
 

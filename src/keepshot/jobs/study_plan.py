@@ -17,7 +17,7 @@ import numpy as np
 
 from keepshot.assets import AssetStore
 from keepshot.errors import UserError
-from keepshot.jobs.study import grid_of, opened
+from keepshot.jobs.study import Running, check_running, grid_of, opened
 from keepshot.jobs.study_trials import (
     Amount,
     Pace,
@@ -167,7 +167,13 @@ class StudyPlan:
 
 
 def plan_study(
-    spec: StudySpec, store: AssetStore, out_dir: Path, watch: Watch, *, calibrate: bool = True
+    spec: StudySpec,
+    store: AssetStore,
+    out_dir: Path,
+    watch: Watch,
+    running: Running,
+    *,
+    calibrate: bool = True,
 ) -> StudyPlan:
     """Return what a study would take, and what of it is done.
 
@@ -176,14 +182,16 @@ def plan_study(
         store: where assets are cached.
         out_dir: the study's directory; what is recorded there counts, nothing is written.
         watch: told of stages.
+        running: how it would be started.
         calibrate: time a moment of each model's work where nothing is recorded.
 
     Raises:
         UserError: as starting the study would, apart from its size.
     """
+    check_running(running)
+    directory = _begun(spec, out_dir, running)
     watch.stage("reading tasks")
     grid = grid_of(spec, store)
-    directory = opened(spec, out_dir) if (out_dir / "fingerprint").exists() else None
     records = directory.records(grid.units) if directory else {}
     worker = Worker(spec, store, directory or StudyDirectory(out_dir), watch)
     worker.check(grid)
@@ -209,6 +217,14 @@ def plan_study(
         disk_bytes=largest * (kept if spec.keep_models else once),
         failed=sum(record.status == "failed" for record in records.values()),
     )
+
+
+def _begun(spec: StudySpec, out_dir: Path, running: Running) -> StudyDirectory | None:
+    """Return the directory of a study that was begun; None where one can begin."""
+    if not (out_dir / "fingerprint").exists():
+        StudyDirectory(out_dir).check_place(overwrite=running.overwrite)
+        return None
+    return StudyDirectory(out_dir) if running.overwrite else opened(spec, out_dir)
 
 
 class _Estimator:

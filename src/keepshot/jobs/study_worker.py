@@ -16,7 +16,7 @@ from keepshot.errors import ConfigError, TaskError
 from keepshot.jobs.ledger import Ledger, model_record
 from keepshot.jobs.making import make
 from keepshot.jobs.measure import check_shots, plan_for, read_tasks, template_named
-from keepshot.jobs.separation import check_apart
+from keepshot.jobs.separation import check_apart, check_rules_apart, check_target_apart
 from keepshot.jobs.specs import Measuring
 from keepshot.jobs.study_following import Examiners
 from keepshot.jobs.study_writing import answer, form_for, write
@@ -85,10 +85,14 @@ class Worker:
         measured = [self._task(name) for name in asked if name not in self.spec.targets]
         trained: dict[str, Sequence[Row]] = {}
         for name, recipe in self.spec.recipes.items():
-            for task in anchor_tasks(recipe, self.store):
+            anchors = anchor_tasks(recipe, self.store)
+            check_rules_apart(measured, anchors)
+            for task in anchors:
                 trained[f"anchor task {task.name!r}"] = examples_of(task)
             trained[f"recipe {name!r}: general data"] = general_rows(recipe, self.store)
         check_apart(measured, trained)
+        for target in self.spec.targets:
+            check_target_apart(measured, self._task(target))
 
     def _check_settings(self, grid: Grid) -> None:
         """See that tasks can be asked in the variants and forms that are wanted, and taught so."""

@@ -13,9 +13,9 @@ from keepshot.errors import ConfigError
 from keepshot.jobs.workspace import environment, free_name
 from keepshot.progress import Progress
 from keepshot.records import ResultDocument, SummaryRow
+from keepshot.report.study import is_study, read_study
 from keepshot.report.theory import write_theory_report
-from keepshot.study.document import RECORD as STUDY_RECORD
-from keepshot.study.document import StudyArm, StudyDocument
+from keepshot.study.document import StudyArm
 from keepshot.study.tables import grouped, name_of
 from keepshot.theory.document import RECORD, RealArm, TheoryDocument, TheorySpec
 from keepshot.theory.experiments import run_claims
@@ -59,9 +59,9 @@ def real_arms(folder: Path) -> list[RealArm]:
     """Read what each arm of a finished run or study gained on its target and lost elsewhere.
 
     Raises:
-        ConfigError: if there is none with both figures.
+        ConfigError: if there is none with both figures, or the document cannot be read.
     """
-    found = _study_arms(folder) if (folder / STUDY_RECORD).is_file() else _run_arms(folder)
+    found = _study_arms(folder) if is_study(folder) else _run_arms(folder)
     if not found:
         raise ConfigError(
             f"study {str(folder)!r}: no arm with a target score and a retention; give a directory "
@@ -82,7 +82,7 @@ def _run_arms(folder: Path) -> list[RealArm]:
 
 
 def _study_arms(folder: Path) -> list[RealArm]:
-    document = StudyDocument.model_validate_json((folder / STUDY_RECORD).read_text("utf-8"))
+    document = read_study(folder)
     found: list[RealArm] = []
     for title, arms in grouped(document.arms):
         untuned = next((arm for arm in arms if arm.recipe is None), None)

@@ -14,17 +14,17 @@ from keepshot.errors import ConfigError, TrainingError
 from keepshot.jobs.hub import HUB, read_hub
 from keepshot.jobs.ledger import model_record
 from keepshot.jobs.loading import load_as
-from keepshot.jobs.separation import check_apart
+from keepshot.jobs.separation import check_apart, check_rules_apart
 from keepshot.jobs.specs import TuneSpec
 from keepshot.jobs.target import load_target
 from keepshot.jobs.workspace import Workspace
-from keepshot.models.loading import LanguageModel, save
+from keepshot.models.loading import LanguageModel, identify, save
 from keepshot.models.reference import parse_reference
 from keepshot.progress import Progress
 from keepshot.prompts import Template
 from keepshot.records import ResultDocument
 from keepshot.scoring.processes import ALONE, Processes
-from keepshot.tasks.catalog import is_path, resolve_tasks
+from keepshot.tasks.catalog import is_file, is_path, resolve_tasks
 from keepshot.tasks.source import Row, read_rows
 from keepshot.tasks.task import Task
 from keepshot.tuning.adapters import detach_
@@ -76,7 +76,7 @@ def tune(
     learned_rows(recipe, rows, rows, template, recipe.data)  # shows its faults now
     anchors = anchor_tasks(recipe, store)
     if workspace is not None:
-        workspace.begin()
+        workspace.begin({recipe.model: identify(recipe.model, store)})
     state_dir = processes.of_first(workspace.part("state") if workspace else Path())
     extra = Extra(
         template=template,
@@ -146,10 +146,9 @@ def anchor_tasks(recipe: Recipe, store: AssetStore) -> list[Task]:
     names = anchor_names(recipe.keep)
     anchors = resolve_tasks([names], store) if names and names != OWN else []
     if recipe.auto is not None:
-        check_apart(
-            named_tasks(recipe.auto.guard_tasks),
-            {f"anchor task {task.name!r}": examples_of(task) for task in anchors},
-        )
+        guard = named_tasks(recipe.auto.guard_tasks)
+        check_apart(guard, {f"anchor task {task.name!r}": examples_of(task) for task in anchors})
+        check_rules_apart(guard, anchors)
     return anchors
 
 
@@ -181,7 +180,7 @@ class _Data:
 
 def _read(recipe: Recipe, store: AssetStore) -> tuple[list[_Data], Template]:
     """Return the data sets that are tuned on, and the template of all of them."""
-    several = "," in recipe.data and not Path(recipe.data).is_file()
+    several = "," in recipe.data and not is_file(recipe.data)
     names = [part.strip() for part in recipe.data.split(",")] if several else [recipe.data]
     data = [_data(name, recipe.seed, store) for name in names if name]
     templates = {part.template for part in data}

@@ -24,11 +24,11 @@ import yaml
 from keepshot import __version__, records
 from keepshot.assets import sha256_of
 from keepshot.errors import OutputError, UserError, is_full_disk
-from keepshot.models.reference import EMBEDDED
+from keepshot.models.reference import EMBEDDED, exists
 from keepshot.records import InstructionRow, ItemResult, ResultDocument
 from keepshot.report import write_report
 from keepshot.specs import Spec, changes, read_yaml
-from keepshot.tasks.catalog import CATALOG, SUITES
+from keepshot.tasks.catalog import CATALOG, SUITES, is_file
 from keepshot.tasks.source import SUFFIXES
 
 FINISHED_PARTS = ("*.parquet", "tuning.json", "keepshot.json", "complete")
@@ -187,7 +187,7 @@ class Workspace:
 
 def example_files(spec: Spec) -> set[Path]:
     """Return the files of examples that a spec names anywhere, lists in commas included."""
-    return {Path(n) for n in _names(spec) if n.endswith(SUFFIXES) and Path(n).is_file()}
+    return {Path(n) for n in _names(spec) if n.endswith(SUFFIXES) and is_file(n)}
 
 
 def _names(spec: Spec) -> set[str]:
@@ -216,18 +216,11 @@ def _check_keeps(out_dir: Path, spec: Spec) -> None:
     place, names = out_dir.resolve(), _names(spec)
     names |= {part for name in names for part in name.split("+")}
     for path in map(Path, sorted(names - {"", *EMBEDDED, *CATALOG, *SUITES})):
-        if _exists(path) and path.expanduser().resolve().is_relative_to(place):
+        if exists(path) and path.expanduser().resolve().is_relative_to(place):
             raise OutputError(
                 f"{out_dir}: holds {path}, which is read, and would be replaced; choose another "
                 "--out"
             )
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.expanduser().exists()
-    except (OSError, RuntimeError):  # too long for a path, or of an unknown user: it names none
-        return False
 
 
 def environment() -> dict[str, object]:

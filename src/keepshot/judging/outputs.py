@@ -91,14 +91,20 @@ def pair_up(candidate: Outputs, reference: Outputs) -> list[Comparison]:
     ]
 
 
-def read_preferences(path: Path) -> tuple[str, dict[str, float | None]]:
+def read_preferences(
+    path: Path, comparisons: Sequence[Comparison]
+) -> tuple[str, dict[str, float | None]]:
     """Read judgements: the annotator's name, and each instruction's preference in [1, 2] or None.
 
-    As AlpacaEval has it, 0 is an old way to write a tie.
+    As AlpacaEval has it, 0 is an old way to write a tie. A row with `output_1` and `output_2` must
+    judge the two answers that are compared; where they are exchanged, so is its preference. A row
+    without goes by its instruction alone.
 
     Raises:
-        TaskError: naming file and row, if a row is of another form.
+        TaskError: naming file and row, if a row is of another form, judges other answers than
+            those of `comparisons`, or repeats an instruction.
     """
+    compared = {comparison.instruction: comparison for comparison in comparisons}
     found: dict[str, float | None] = {}
     names: set[str] = set()
     for number, row in enumerate(_rows(path), start=1):
@@ -106,6 +112,11 @@ def read_preferences(path: Path) -> tuple[str, dict[str, float | None]]:
         instruction, preference = row.get("instruction"), row.get("preference")
         if not isinstance(instruction, str):
             raise TaskError(f"{where}: needs the text 'instruction'")
+        if instruction in found:
+            raise TaskError(
+                f"{where}: instruction {instruction[:60]!r} is there twice; keep one judgement of "
+                "each"
+            )
         if preference is not None:
             if not isinstance(preference, int | float) or isinstance(preference, bool):
                 raise TaskError(f"{where}: 'preference' is {preference!r}; expected 1 to 2 or null")
@@ -114,9 +125,29 @@ def read_preferences(path: Path) -> tuple[str, dict[str, float | None]]:
                 preference = None
             elif not 1.0 <= preference <= 2.0:
                 raise TaskError(f"{where}: 'preference' is {preference!r}; expected 1 to 2 or null")
+        if _is_exchanged(row, compared.get(instruction), where) and preference is not None:
+            preference = 3.0 - preference
         found[instruction] = preference
         names.add(str(row.get("annotator", path.stem)))
     return " and ".join(sorted(names)), found
+
+
+def _is_exchanged(row: Mapping[str, Any], compared: Comparison | None, where: str) -> bool:
+    """Say whether a judgement has the compared answers the other way round.
+
+    Raises:
+        TaskError: if it is of other answers.
+    """
+    judged = row.get("output_1"), row.get("output_2")
+    if compared is None or not all(isinstance(answer, str) for answer in judged):
+        return False
+    wanted = compared.reference, compared.candidate
+    if judged not in (wanted, wanted[::-1]):
+        raise TaskError(
+            f"{where}: judges other answers to {compared.instruction[:60]!r} than the two that are "
+            "compared;\ngive the two outputs files that were judged, or judge these"
+        )
+    return judged != wanted
 
 
 def _rows(path: Path) -> Sequence[Mapping[str, Any]]:

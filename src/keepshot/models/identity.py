@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from keepshot.assets import AssetStore, sha256_of
+from keepshot.errors import ModelError
 from keepshot.models.reference import read_json
 
 CONTENT = ("*.safetensors", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
@@ -20,12 +21,23 @@ ADAPTER_NO_EFFECT = frozenset({"base_model_name_or_path", "revision", "peft_vers
 
 
 def file_sha256(path: Path, store: AssetStore) -> str:
-    """Return a file's sha256, from the cache where path, size and change time are the same."""
+    """Return a file's sha256, from the cache where path, size and change time are the same.
+
+    Raises:
+        ModelError: if the file cannot be read.
+    """
     real = path.resolve()
-    status = real.stat()
-    stamp = [status.st_size, status.st_mtime_ns]
     name = hashlib.sha256(str(real).encode()).hexdigest()[:32]
     cache = store.directory("digests", f"{name}.json")
+    try:
+        return _cached_sha256(real, cache)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}; get it again") from None
+
+
+def _cached_sha256(real: Path, cache: Path) -> str:
+    status = real.stat()
+    stamp = [status.st_size, status.st_mtime_ns]
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(cache.read_text(encoding="utf-8"))
         if known["stamp"] == stamp:
@@ -40,7 +52,11 @@ def file_sha256(path: Path, store: AssetStore) -> str:
 
 
 def directory_sha256(directory: Path, store: AssetStore) -> str:
-    """Return the sha256 of a model directory: weights, tokenizer and what of the config matters."""
+    """Return the sha256 of a model directory: weights, tokenizer and what of config.json matters.
+
+    End tokens in generation_config.json, what tokenizer_config.json adds and the chat template are
+    left out: they get mended on a hub, and an adapter stays one of the weights that it belongs to.
+    """
     files = sorted({file for pattern in CONTENT for file in directory.glob(pattern)})
     lines = [f"{file.name} {file_sha256(file, store)}" for file in files]
     for name, ignored in (("config.json", NO_EFFECT), ("adapter_config.json", ADAPTER_NO_EFFECT)):

@@ -94,8 +94,9 @@ class LanguageModel:
     @cached_property
     def context_length(self) -> int:
         """The number of tokens that the model can read, prompt and answer together."""
+        config = self.module.config.get_text_config()
         for name in CONTEXT_LENGTH_NAMES:
-            length = getattr(self.module.config, name, None)
+            length = getattr(config, name, None)
             if isinstance(length, int) and length > 0:
                 return length
         raise ModelError(
@@ -106,9 +107,9 @@ class LanguageModel:
     @cached_property
     def eos_ids(self) -> frozenset[int]:
         """Every token that ends a text, by tokenizer, configuration or generation settings."""
-        generation: Any = self.module.generation_config
-        found: list[Any] = [self.tokenizer.eos_token_id, self.module.config.eos_token_id]
-        found.append(generation.eos_token_id if generation else None)
+        config = self.module.config
+        places = (self.tokenizer, config, config.get_text_config(), self.module.generation_config)
+        found: list[Any] = [getattr(place, "eos_token_id", None) for place in places]
         flat = [n for ids in found for n in (ids if isinstance(ids, list) else [ids])]
         return frozenset(int(number) for number in flat if number is not None)
 
@@ -152,6 +153,19 @@ class LanguageModel:
         whole = self.encode(stripped + moved + continuation)
         return context_ids, whole[len(context_ids) :]
 
+    def encode_answer(self, context: str, answer: str) -> tuple[list[int], list[int]]:
+        """Tokenise a prompt and the answer to be written after it, and split them.
+
+        As `encode_pair`, but newlines at the end of the prompt stay there: an answer ends at one.
+        """
+        cut = len(context.rstrip())
+        if "\n" in context[cut:]:
+            kept = self.encode(context[: context.rindex("\n") + 1])
+            whole = self.encode(context + answer)
+            if whole[: len(kept)] == kept:
+                return kept, whole[len(kept) :]
+        return self.encode_pair(context, answer)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, leaving out special tokens such as BOS and EOS."""
         decoded = self.tokenizer.decode(
@@ -160,12 +174,26 @@ class LanguageModel:
         assert isinstance(decoded, str)
         return decoded
 
-    def ends_answer(self, token_id: int) -> bool:
-        r"""Say whether an answer ends at this token: it is EOS, or its text begins with a newline.
+    def last_of_answer(self, token_id: int) -> str | None:
+        r"""Return what this token still says of an answer that ends at it; None if it goes on.
 
-        Judged on text, because one tokenizer has a token for "\n\n" where another needs two.
+        An answer ends at EOS, or at the first newline. Judged on text, because one tokenizer has a
+        token for "\n\n" where another needs two, and a third joins them to the full stop before.
         """
-        return token_id in self.eos_ids or self.decode([token_id]).startswith("\n")
+        if token_id in self.eos_ids:
+            return ""
+        said, newline, _ = self.decode([token_id]).partition("\n")
+        return said if newline else None
+
+    def ends_answer(self, token_id: int) -> bool:
+        """Say whether an answer ends at this token."""
+        return self.last_of_answer(token_id) is not None
+
+    def decode_answer(self, ids: Sequence[int]) -> str:
+        """Return the text of an answer that ends within its last token."""
+        last = self.decode(ids[-1:])
+        said = self.last_of_answer(ids[-1])
+        return self.decode(ids).removesuffix(last[len(said or "") :])
 
     def _tokenize(self, text: str, *, special: bool) -> list[int]:
         # verbose=False: the caller checks lengths itself; the tokenizer would warn on long texts.

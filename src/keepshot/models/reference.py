@@ -121,17 +121,25 @@ def parse_reference(text: str) -> ModelReference:
     """
     if text in EMBEDDED:
         return Embedded(text, EMBEDDED[text])
-    path = Path(text).expanduser()
-    if text.strip() and path.exists():
-        return _parse_path(text, path)
+    path = Path(text)
+    if text.strip() and exists(path):
+        return _parse_path(text, path.expanduser())
     base, plus, adapter = text.rpartition("+")
-    if plus and base and Path(adapter).expanduser().is_dir():
+    if plus and base and exists(Path(adapter)) and Path(adapter).expanduser().is_dir():
         return _parse_adapter(text, Path(adapter).expanduser(), base=base)
     if _HUB_ID.fullmatch(text) and not text.endswith((".gguf", ".safetensors")):
         repo, _, revision = text.partition("@")
         if ".." not in repo:
             return HubModel(text, repo, revision or None)
     raise ModelError(_unknown(text, path))
+
+
+def exists(path: Path) -> bool:
+    """Say whether something lies at a path, which may begin with `~`."""
+    try:
+        return path.expanduser().exists()
+    except (OSError, RuntimeError):  # too long for a path, or of an unknown user: it names none
+        return False
 
 
 def converted_path(model: EmbeddedModel, store: AssetStore) -> Path:
@@ -255,8 +263,9 @@ def _unknown(text: str, path: Path) -> str:
     """Word the error for what neither exists nor looks like a hub id, with the nearest name."""
     kind: Literal["path", "name"] = "path" if "/" in text or path.suffix == ".gguf" else "name"
     siblings: list[str] = []
-    if kind == "path" and path.parent.is_dir():
-        siblings = [str(path.parent / file.name) for file in path.parent.iterdir()]
+    folder = path.parent
+    if kind == "path" and exists(folder) and folder.expanduser().is_dir():
+        siblings = [str(folder / file.name) for file in folder.expanduser().iterdir()]
     close = nearest(text, [*EMBEDDED, *siblings])
     hint = f"; nearest is {close!r}" if close else ""
     return (

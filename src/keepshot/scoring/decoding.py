@@ -42,15 +42,24 @@ class Answer:
     """How many tokens the context still has room for, after the request's own context."""
     text: str = ""
     stopped: bool = False
+    ends_apart: bool = True
+    """Whether the end has a token of its own, which says nothing of the answer."""
     finished: bool = field(default=False)
+
+    @property
+    def num_read(self) -> int:
+        """Tokens of context and answer that the model has read: all but the last."""
+        return len(self.request.context) + len(self.tokens) - 1
 
     def check(self, model: LanguageModel) -> bool:
         """Look at the newest token: has the answer ended, or reached its limit?"""
         match self.request:
             case GreedyMatch():
                 limit = self.request.limit
-                if model.ends_answer(self.tokens[-1]):
-                    self._end(model.decode(self.tokens[:-1]))
+                said = model.last_of_answer(self.tokens[-1])
+                if said is not None:
+                    self.ends_apart = not said
+                    self._end(model.decode_answer(self.tokens))
             case Generate():
                 limit = self.request.max_new_tokens
                 self._check_stop_strings(model, self.request)
@@ -92,7 +101,7 @@ def open_answer(
                 (i for i, token in enumerate(wanted) if token != predicted[i]), len(wanted)
             )
             tokens = [*wanted[:agreed], predicted[agreed]]
-            if agreed < len(wanted) or not model.ends_answer(tokens[-1]):
+            if agreed < len(wanted) or model.last_of_answer(tokens[-1]) != "":
                 # Not the answer, though it may begin with lines of it: decoding ends at the first.
                 ends = (i for i, token in enumerate(tokens) if model.ends_answer(token))
                 tokens = tokens[: next(ends, len(tokens)) + 1]
@@ -182,7 +191,7 @@ class Decoder:
         for answer, r, place in answers:
             node = trie.nodes[forward.rows[r].nodes[place]]
             last = layout.places[r][place] + len(node.tokens) - 1
-            length = len(answer.request.context) + len(answer.tokens) - 1
+            length = answer.num_read
             # In a row an ancestor stands before its descendants: these columns are in order.
             own.append(np.flatnonzero(layout.visible[r, last] & (layout.depths[r] < length)))
         filled = np.array([len(columns) for columns in own], dtype=np.int64)
@@ -209,7 +218,7 @@ class Decoder:
     def step(self) -> list[Answer]:
         """Decode one token of every answer; return those that are finished, which leave."""
         trunk, device = self._trunk, self._trunk.device
-        depths = np.array([[len(a.request.context) + len(a.tokens) - 1] for a in self._active])
+        depths = np.array([[answer.num_read] for answer in self._active])
         used = int(self._filled.max()) + 1
         if used > self._num_slots:
             more = used + SLOTS_TO_SPARE

@@ -23,7 +23,7 @@ from keepshot.scoring.forward import Sharing, Trunk
 from keepshot.scoring.head import is_sampled, next_tokens, read_logits
 from keepshot.scoring.prefix import Limits, Plan, build_trie, plan
 from keepshot.scoring.processes import ALONE, Processes, shares
-from keepshot.scoring.request import Request, Result, targets, tokens_to_read
+from keepshot.scoring.request import Request, Result, longest, targets, tokens_to_read
 from keepshot.scoring.shared import Reading, SharedRun
 
 Progress = Callable[[int, int], None]
@@ -105,8 +105,21 @@ class Engine:
         return self._cost
 
     def plan(self, requests: Sequence[Request]) -> Plan:
-        """Return the forward passes that `run` would make, before it does."""
-        return plan(build_trie([tokens_to_read(r) for r in dict.fromkeys(requests)]), self._limits)
+        """Return the forward passes that `run` would make, before it does.
+
+        What cannot be shared is read whole: it counts among the tokens, without a pass in the plan.
+        """
+        unique = list(dict.fromkeys(requests))
+        found = plan(
+            build_trie([tokens_to_read(r) for r in unique if self._shares(r)]), self._limits
+        )
+        whole = sum(len(tokens_to_read(r)) for r in unique if not self._shares(r))
+        return replace(
+            found,
+            tokens_prefilled=found.tokens_prefilled + whole,
+            tokens_padded=found.tokens_padded + whole,
+            tokens_naive=found.tokens_naive + whole,
+        )
 
     def run(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Result]:
         """Return the answers in the order of `requests`; equal requests are computed once.
@@ -151,12 +164,22 @@ class Engine:
 
     def _answer(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Result]]:
         """Answer in any order; where a device runs out of memory, go on with half the batch."""
+        yield from self._answer_alike([r for r in requests if self._shares(r)], plainly=False)
+        yield from self._answer_alike([r for r in requests if not self._shares(r)], plainly=True)
+
+    def _shares(self, request: Request) -> bool:
+        steady = self._trunk.steady_length
+        return self.sharing != "plain" and (steady is None or longest(request) <= steady)
+
+    def _answer_alike(
+        self, requests: Sequence[Request], *, plainly: bool
+    ) -> Iterator[tuple[Request, Result]]:
         limits = self._limits
         waiting = list(requests)
         while waiting:
             done: set[int] = set()
             try:
-                for number, result in self._attempt(waiting, limits):
+                for number, result in self._attempt(waiting, limits, plainly=plainly):
                     done.add(number)
                     yield waiting[number], result
             except torch.OutOfMemoryError:
@@ -165,9 +188,11 @@ class Engine:
                 limits = replace(limits, batch=limits.batch // 2)
             waiting = [request for number, request in enumerate(waiting) if number not in done]
 
-    def _attempt(self, requests: Sequence[Request], limits: Limits) -> Iterator[tuple[int, Result]]:
+    def _attempt(
+        self, requests: Sequence[Request], limits: Limits, *, plainly: bool
+    ) -> Iterator[tuple[int, Result]]:
         going: list[Answer] = []
-        if self.sharing == "plain":
+        if plainly:
             yield from self._score_plainly(requests, limits, going)
         else:
             run = SharedRun(self.model, self._trunk, requests, limits)

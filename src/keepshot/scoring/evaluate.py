@@ -192,11 +192,13 @@ def _question(
     likelihoods: list[LogLikelihood] = []
     if task.kind == "choice":
         assert example.choices, f"task {task.name!r}: a choice question needs choices"
-        pairs = [_encode(model, asked, context, choice) for choice in example.choices]
-        likelihoods = [LogLikelihood(*pair) for pair in pairs]
+        for choice in example.choices:
+            pair = model.encode_pair(context, task.template.continuation(choice))
+            likelihoods.append(LogLikelihood(*_checked(model, asked, pair, choice)))
     free = None
     if task.kind == "exact" or plan.free_answers:
-        free = GreedyMatch(*_encode(model, asked, context, example.output))
+        pair = model.encode_answer(context, task.template.continuation(example.output))
+        free = GreedyMatch(*_checked(model, asked, pair, example.output))
     return Question(task, shots, seed, example, tuple(likelihoods), free)
 
 
@@ -217,13 +219,6 @@ def _examined(
             pair = _checked(model, asked, (before or model.start_ids, after), text.continuation)
             likelihoods.append(LogLikelihood(*pair))
     return Question(task, shots, seed, example, tuple(likelihoods), free)
-
-
-def _encode(
-    model: LanguageModel, asked: _Asked, context: str, answer: str
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    pair = model.encode_pair(context, asked[0].template.continuation(answer))
-    return _checked(model, asked, pair, answer)
 
 
 def _checked(

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from keepshot.errors import ModelError
 from keepshot.scoring.attention import FreshLayer, LayerStates, Masks, Part, Shared, attending
 from keepshot.scoring.head import Finish, read_hidden
 from keepshot.scoring.prefix import Forward, Limits, Row, Tokens, Trie, build_trie, plan
@@ -36,6 +37,11 @@ Layers = list[LayerStates]
 FULL, SLIDING = "full_attention", "sliding_attention"
 RELATIVE_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """How far logits may be off in the trial, in their standard deviations; half precision: 0.2."""
+
+NO_NUMBERS = (
+    "the model answers with NaN: take --dtype bfloat16 or float32 if it ran in float16, else look "
+    "for NaN or infinity among its weights"
+)
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,8 @@ class Trunk:
         if kinds is None:
             kinds = [SLIDING if self.window else FULL]
         self.kinds: frozenset[str] = frozenset(kinds)
+        self.steady_length = _steady_length(self.config)
+        """Tokens up to which positions are encoded alike in texts of any length; None: always."""
         self.sharing: Sharing = "plain"
         self.apart = False
         """Whether attention to shared keys can be computed apart from that to a row's own."""
@@ -240,7 +248,11 @@ class Trunk:
         return "rows" if self._try("rows") else "plain"
 
     def _try(self, sharing: Sharing, *, apart: bool = False) -> bool:
-        """Say whether a trunk that shares gives the logits of an ordinary forward pass."""
+        """Say whether a trunk that shares gives the logits of an ordinary forward pass.
+
+        Raises:
+            ModelError: if these are no numbers.
+        """
         ids = [int(i) for i in np.linspace(1, self.config.vocab_size - 1, 12)]
         shared, left, right = ids[:5], ids[5:9], ids[9:]
         sequences: list[Tokens] = [
@@ -254,6 +266,8 @@ class Trunk:
             self.full_logits(torch.tensor([tokens], device=self.device), 1)[0, 0]
             for tokens in sequences
         ]
+        if any(bool(logits.isnan().any()) for logits in expected):
+            raise ModelError(NO_NUMBERS)
         try:
             found = self._leaf_hidden(trie, limits, apart=apart)
         # A model that cannot run this way refuses somewhere in its own code, in any of these ways.
@@ -399,6 +413,22 @@ def _append(path: Layers, own: Layers) -> Layers:
 
 def _unchanged(logits: Tensor) -> Tensor:
     return logits
+
+
+def _steady_length(config: Any) -> int | None:
+    """Return the length from which rotary frequencies depend on a text's length, if they do.
+
+    All tokens of a pass get those of its longest text (`longrope`, `dynamic`), so that texts beyond
+    this length share nothing with others.
+    """
+    found: Any = getattr(config, "rope_parameters", None) or {}
+    by_layer = [entry for entry in found.values() if isinstance(entry, dict)]
+    lengths = [
+        entry.get("original_max_position_embeddings") or config.max_position_embeddings
+        for entry in by_layer or [found]
+        if entry.get("rope_type") in ("longrope", "dynamic")
+    ]
+    return min(lengths, default=None)
 
 
 def _finishes(config: Any) -> list[Finish]:

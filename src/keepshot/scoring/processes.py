@@ -60,15 +60,17 @@ def join_processes(environ: Mapping[str, str]) -> Processes:
     Raises:
         ConfigError: if the description is not whole.
     """
-    if int(environ.get("WORLD_SIZE", "1")) == 1:
-        return ALONE
     try:
-        rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
-        local_rank = int(environ.get("LOCAL_RANK", "0"))
-    except (KeyError, ValueError) as error:
+        size = int(environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return ALONE
+        rank, local_rank = int(environ["RANK"]), int(environ.get("LOCAL_RANK", "0"))
+    except (KeyError, ValueError):
+        names = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
+        given = ", ".join(f"{name}={environ[name]!r}" for name in names if name in environ)
         raise ConfigError(
-            f"WORLD_SIZE is set but {error} is not; start with `torchrun --nproc_per_node N -m "
-            "keepshot ...`, or unset WORLD_SIZE"
+            f"{given}: WORLD_SIZE and RANK must both be set to numbers; start with `torchrun "
+            "--nproc_per_node N -m keepshot ...`, or unset WORLD_SIZE"
         ) from None
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", timeout=PATIENCE)

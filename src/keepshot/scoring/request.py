@@ -108,6 +108,17 @@ def tokens_to_read(request: Request) -> tuple[int, ...]:
             return request.context
 
 
+def longest(request: Request) -> int:
+    """Return how many tokens context and answer may come to."""
+    match request:
+        case LogLikelihood():
+            return len(request.context) + len(request.continuation)
+        case GreedyMatch():
+            return len(request.context) + max(len(request.answer), request.limit)
+        case Generate():
+            return len(request.context) + request.max_new_tokens
+
+
 def targets(request: Request) -> tuple[int, ...]:
     """Return the tokens whose probability is read; the first is predicted by the context's end."""
     match request:

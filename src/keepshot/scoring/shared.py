@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from keepshot.errors import ModelError
 from keepshot.models.loading import LanguageModel
 from keepshot.scoring.decoding import Answer, Decoder, open_answer
-from keepshot.scoring.forward import Caches, Layout, Trunk
+from keepshot.scoring.forward import NO_NUMBERS, Caches, Layout, Trunk
 from keepshot.scoring.head import is_sampled, next_tokens
 from keepshot.scoring.prefix import ROOT, Forward, Limits, build_trie, plan
 from keepshot.scoring.request import (
@@ -42,14 +44,21 @@ class Reading:
     """One for each target token."""
 
     def result(self, request: Request, answer: Answer | None) -> Result:
-        """Return the answer to `request`; `answer` is its decoded text, if it wants one."""
+        """Return the answer to `request`; `answer` is its decoded text, if it wants one.
+
+        Raises:
+            ModelError: if the model's logits are no numbers.
+        """
+        if any(math.isnan(log_prob) for log_prob in self.log_probs):
+            raise ModelError(NO_NUMBERS)
         match request:
             case LogLikelihood(continuation=wanted):
                 greedy = tuple(self.likeliest[: len(wanted)]) == wanted
                 return LogLikelihoodResult(sum(self.log_probs), greedy)
             case GreedyMatch(answer=wanted):
                 assert answer is not None
-                correct = answer.stopped and tuple(answer.tokens[:-1]) == wanted
+                ended = answer.stopped and answer.ends_apart
+                correct = ended and tuple(answer.tokens[:-1]) == wanted
                 return GreedyMatchResult(correct, answer.text, answer.stopped)
             case Generate():
                 assert answer is not None
@@ -104,6 +113,9 @@ class SharedRun:
                 )
                 if answer is None or answer.finished:
                     yield self._result(number, answer)
+                elif answer.num_read < self._trie.nodes[forward.past].end:
+                    # The cache that others share goes on where this answer has departed.
+                    going.append(answer)
                 else:
                     joining.append((answer, r, place))
             if not self._trunk.apart:

@@ -1,13 +1,13 @@
 """Per-item rows in, scores and summary rows with intervals out. Pure; no torch.
 
-Pairing is by (task, shots, seed, item): every arm answers the same questions under the same
-demonstrations, and a summary refuses rows for which that does not hold.
+Pairing is by (task, shots, seed, item), repeats of an item counted: every arm answers the same
+questions under the same demonstrations, and a summary refuses rows for which that does not hold.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,8 @@ from keepshot import stats
 from keepshot.records import ItemResult, PathPoint, Score, Split, SummaryRow
 from keepshot.stats import Interval, Matrix
 
+_Row = tuple[int, tuple[str, int]]
+"""Seed and item of a row, and how often that item came before it under that seed."""
 BOOTSTRAP_SEED = 20
 """Intervals are reproducible: the same rows give the same bounds."""
 
@@ -211,12 +213,12 @@ def _chance(cell: Sequence[ItemResult]) -> float:
     return float(np.mean([1.0 / len(item.choices) if item.choices else 0.0 for item in cell]))
 
 
-def _correct(item: ItemResult) -> float:
-    return item.correct
-
-
-def _place(item: ItemResult) -> tuple[str, int, str]:
-    return item.task, item.seed, item.item
+def _matrix(values: Mapping[_Row, float]) -> Matrix:
+    """Lay out one task's values as [draws, items]."""
+    seeds = sorted({seed for seed, _ in values})
+    names = sorted({name for _, name in values})
+    assert len(values) == len(seeds) * len(names), "every draw must see the same items"
+    return np.array([[values[seed, name] for name in names] for seed in seeds])
 
 
 class _Table:
@@ -225,29 +227,30 @@ class _Table:
     def __init__(self, items: Sequence[ItemResult], target: str | None) -> None:
         self.first = items[0]
         self._target_items = [i for i in items if i.task == target and i.shots == 0]
-        cells: dict[tuple[str, int], dict[tuple[int, str], ItemResult]] = defaultdict(dict)
+        cells: dict[tuple[str, int], dict[_Row, ItemResult]] = defaultdict(dict)
+        seen: Counter[tuple[str, int, int, str]] = Counter()
         for item in items:
             if item.task != target:
-                cells[item.task, item.shots][item.seed, item.item] = item
+                # Rows of one question and answer may differ in their choices, or come twice.
+                same = item.task, item.shots, item.seed, item.item
+                cells[item.task, item.shots][item.seed, (item.item, seen[same])] = item
+                seen[same] += 1
         self._keys = {cell: sorted(rows) for cell, rows in cells.items()}
         self._rows = cells
         self.shots = sorted({shots for _, shots in cells})
 
-    def matrices(self, shots: int, value: Callable[[ItemResult], float] = _correct) -> list[Matrix]:
-        """A value of every row, by task in the order of `by_task`."""
-        matrices: list[Matrix] = []
-        for rows in self._cells(shots):
-            seeds = sorted({seed for seed, _ in rows})
-            names = sorted({name for _, name in rows})
-            assert len(rows) == len(seeds) * len(names), "every draw must see the same items"
-            matrices.append(np.array([[value(rows[seed, n]) for n in names] for seed in seeds]))
-        return matrices
+    def matrices(self, shots: int) -> list[Matrix]:
+        """How right every row is, by task in the order of `by_task`."""
+        return [
+            _matrix({row: item.correct for row, item in rows.items()})
+            for rows in self._cells(shots)
+        ]
 
     def chances(self, shots: int) -> list[float]:
         """Chance level by task, in the order of `matrices`."""
         return [_chance(list(rows.values())) for rows in self._cells(shots)]
 
-    def _cells(self, shots: int) -> list[dict[tuple[int, str], ItemResult]]:
+    def _cells(self, shots: int) -> list[dict[_Row, ItemResult]]:
         return [rows for (_, cell_shots), rows in sorted(self._rows.items()) if cell_shots == shots]
 
     def icl(self, shots: int) -> Interval:
@@ -266,10 +269,11 @@ class _Table:
     def changed(self, before: _Table, shots: int) -> Interval:
         """Return the share of answers that are not `before`'s, right or wrong."""
         self._check_pairing(before, shots)
-        answers = {
-            _place(item): item.answer for rows in before._cells(shots) for item in rows.values()
-        }
-        matrices = self.matrices(shots, lambda item: float(item.answer != answers[_place(item)]))
+        pairs = zip(self._cells(shots), before._cells(shots), strict=True)
+        matrices = [
+            _matrix({row: float(item.answer != first[row].answer) for row, item in own.items()})
+            for own, first in pairs
+        ]
         return stats.mean_over_tasks(matrices, np.random.default_rng(BOOTSTRAP_SEED))
 
     def _check_pairing(self, before: _Table, shots: int) -> None:

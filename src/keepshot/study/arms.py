@@ -49,6 +49,7 @@ class _Row:
     fields: dict[str, Any]
     after: list[Matrix]
     before: list[Matrix]
+    num_seeds: list[int]
     chance: float
     found: dict[str, Any] = field(default_factory=dict[str, Any])
 
@@ -58,7 +59,7 @@ def arms(
 ) -> list[StudyArm]:
     """Return a row for each arm, ask, split and number of shots.
 
-    Tuning seeds and draws of demonstrations are resampled together, as one level.
+    Seeds of tuning are resampled once for all tasks, draws of demonstrations within each.
     """
     items = items[~items["setting"].isin(WRITTEN)]
     trained = _trained(grid, records)
@@ -144,6 +145,7 @@ def _blocks(items: Frame) -> dict[_Who, dict[tuple[str, str, int, str], _Block]]
             label_leakage=float(values["label_leakage"][start:end].mean()),
             num_seeds=len(np.unique(tuning_seed[places])),
         )
+        assert num_rows % block.num_seeds == 0, "every seed must see as many draws"
         who = (model, target, recipe, None if lam is None else float(lam))
         found.setdefault(who, {})[ask, split, int(shots), task] = block
     return found
@@ -186,20 +188,22 @@ def _rows(
             },
             after=[block.matrix for block in listed],
             before=before if len(before) == len(listed) else [],
+            num_seeds=[block.num_seeds for block in listed],
             chance=float(np.mean([block.chance for block in listed])),
         )  # fmt: skip
 
 
 def _resample_(rows: Sequence[_Row]) -> None:
     """Fill in few-shot scores and retention, arms of the same shapes under the same resamples."""
-    alike: dict[tuple[tuple[int, ...], ...], list[_Row]] = {}
+    alike: dict[tuple[tuple[tuple[int, ...], ...], tuple[int, ...]], list[_Row]] = {}
     for row in rows:
-        alike.setdefault(tuple(matrix.shape for matrix in row.after), []).append(row)
-    for shapes, group in alike.items():
+        key = tuple(matrix.shape for matrix in row.after), tuple(row.num_seeds)
+        alike.setdefault(key, []).append(row)
+    for (shapes, num_seeds), group in alike.items():
         listed = [row.after for row in group] + [row.before for row in group if row.before]
         assert all(tuple(m.shape for m in arm) == shapes for arm in listed), "arms must be paired"
         generator = np.random.default_rng(BOOTSTRAP_SEED)
-        means = iter(stats.resampled_over_tasks(listed, generator))
+        means = iter(stats.resampled_over_tasks(listed, generator, num_seeds))
         after = [next(means) for _ in group]
         for row, own in zip(group, after, strict=True):
             icl = stats.percentiles(*own)
@@ -237,4 +241,5 @@ def _target_score(
     if once["tuning_seed"].nunique() <= 1:
         return stats.proportion(float(once["correct"].sum()), len(once)), len(once)
     generator = np.random.default_rng(BOOTSTRAP_SEED)
-    return stats.mean_over_tasks([matrix(once)], generator), once["item"].nunique()
+    found = stats.mean_over_tasks([matrix(once)], generator, [once["tuning_seed"].nunique()])
+    return found, once["item"].nunique()

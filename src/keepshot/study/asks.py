@@ -27,6 +27,17 @@ Stage = Literal["base", "tuned", "blend"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
+def check_once(what: str, names: Sequence[str | int]) -> None:
+    """Check that no value of an axis is repeated, since its rows would count twice.
+
+    Raises:
+        ValueError: naming the first that is.
+    """
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise ValueError(f"{what} {repeated[0]!r} is named twice; name each once")
+
+
 class Ask(Spec):
     """What one measurement asks; one record for each model and split."""
 
@@ -68,6 +79,7 @@ class Ask(Spec):
     def _check(self) -> Self:
         if not self.tasks and self.following is None:
             raise ValueError("nothing is asked; name `tasks`, or put instructions: `following: {}`")
+        check_once("split", self.splits)
         if min(self.shots) < 1:
             raise ValueError("demonstrations are counted from 1; `direct` asks without any")
         if self.written:

@@ -71,11 +71,14 @@ class Pairing:
     own_PT: NDArray[np.bool_]
     """Whether a point was tuned for a task."""
     num_items: int
+    on_own: Pairing | None = None
+    """The same points on the tasks that each was tuned for, where all were asked theirs."""
 
     def of(self, rows: NDArray[np.bool_]) -> Pairing:
         """Return some of the points."""
         return replace(
             self,
+            on_own=None,
             units=self.units[rows].reset_index(drop=True),
             first_PT=self.first_PT[rows],
             second_PT=self.second_PT[rows],
@@ -90,34 +93,19 @@ class Pairing:
         Points have tasks of their own where they were tuned for different ones: the mean over
         those stands in the first column.
         """
-        if not own:
-            kept = ~np.any(self.own_PT, axis=0)
-            if kept.all() or not kept.any():
-                return None
-            return replace(
-                self,
-                tasks=[self.tasks[place] for place in np.flatnonzero(kept)],
-                first_PT=self.first_PT[:, kept],
-                second_PT=self.second_PT[:, kept],
-                first_noise_PT=self.first_noise_PT[:, kept],
-                second_noise_PT=self.second_noise_PT[:, kept],
-                own_PT=self.own_PT[:, kept],
-            )
-        count_P1 = self.own_PT.sum(axis=1, keepdims=True)
-        if not count_P1.all():
+        if own:
+            return self.on_own
+        kept = ~np.any(self.own_PT, axis=0)
+        if (kept.all() and self.on_own is None) or not kept.any():
             return None
-
-        def mean(scores_PT: Vector) -> Vector:
-            return (scores_PT * self.own_PT).sum(axis=1, keepdims=True) / count_P1
-
         return replace(
             self,
-            tasks=["its own"],
-            first_PT=mean(self.first_PT),
-            second_PT=mean(self.second_PT),
-            first_noise_PT=mean(self.first_noise_PT) / count_P1,
-            second_noise_PT=mean(self.second_noise_PT) / count_P1,
-            own_PT=count_P1 > 0,
+            tasks=[self.tasks[place] for place in np.flatnonzero(kept)],
+            first_PT=self.first_PT[:, kept],
+            second_PT=self.second_PT[:, kept],
+            first_noise_PT=self.first_noise_PT[:, kept],
+            second_noise_PT=self.second_noise_PT[:, kept],
+            own_PT=self.own_PT[:, kept],
         )
 
     def subsets(self, tags: Sequence[str]) -> Iterator[tuple[str, Pairing]]:
@@ -173,14 +161,41 @@ class Cohort:
         if not rows.any():
             return None
         columns = np.all(there_UT[rows], axis=0)
+        on_own = self._on_own(one, two, units, own_UT & there_UT, rows)
         if not columns.any():
-            return None
+            return on_own
         tasks = [self.tasks[place] for place in np.flatnonzero(columns)]
         cut = np.ix_(rows, columns)
         num_items = int(np.maximum(one.num_items_T, two.num_items_T)[columns].sum())
         return Pairing(
             units[rows].reset_index(drop=True), tasks, one.scores_UT[cut], two.scores_UT[cut],
-            one.noise_UT[cut], two.noise_UT[cut], own_UT[cut], num_items,
+            one.noise_UT[cut], two.noise_UT[cut], own_UT[cut], num_items, on_own,
+        )  # fmt: skip
+
+    def _on_own(
+        self,
+        one: Asked,
+        two: Asked,
+        units: Frame,
+        asked_UT: NDArray[np.bool_],
+        rows: NDArray[np.bool_],
+    ) -> Pairing | None:
+        """Return means over the tasks that each point was tuned for, which need not be the same."""
+        count_P1 = asked_UT[rows].sum(axis=1, keepdims=True)
+        if not count_P1.all():
+            return None
+
+        def mean(scores_UT: Vector) -> Vector:
+            own_PT = np.where(asked_UT, scores_UT, 0.0)[rows]
+            return own_PT.sum(axis=1, keepdims=True) / count_P1
+
+        columns = asked_UT[rows].any(axis=0)
+        num_items = int(np.maximum(one.num_items_T, two.num_items_T)[columns].sum())
+        return Pairing(
+            units[rows].reset_index(drop=True), ["its own"],
+            mean(one.scores_UT), mean(two.scores_UT),
+            mean(one.noise_UT) / count_P1, mean(two.noise_UT) / count_P1,
+            count_P1 > 0, num_items,
         )  # fmt: skip
 
     @cached_property

@@ -28,9 +28,8 @@ from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from keepshot import __version__
-from keepshot.errors import StudyError
-from keepshot.outputs import claim as check_place
-from keepshot.outputs import output_error, write_text
+from keepshot.errors import OutputError, StudyError
+from keepshot.outputs import claim, output_error, write_text
 from keepshot.records import (
     InstructionRow,
     ItemResult,
@@ -44,6 +43,8 @@ from keepshot.study.attempts import Attempts, Death
 RECORD_SCHEMA = 1
 BEAT_SECONDS = 5.0
 STALE_SECONDS = 60.0
+MARK, STUDY, LOCK = "fingerprint", "study.yaml", ".lock"
+FOLDERS = ("units", "models", "claims", "attempts")
 MAKING = "making.json"
 """Beside a model that was made: how."""
 Status = Literal["done", "failed"]
@@ -119,29 +120,56 @@ class StudyDirectory:
             StudyError: if it is of another study.
             OutputError: if it cannot be written, or holds something else.
         """
-        mark = self.path / "fingerprint"
-        found = mark.read_text("utf-8").strip() if mark.exists() else None
-        if found is None:
-            check_place(self.path, overwrite=overwrite)
-        elif found != fingerprint and not overwrite:
-            raise StudyError(
-                f"{self.path}: holds another study ({self.path / 'study.yaml'} differs from what "
-                "is asked);\nname another with --out, or add --overwrite to go on here with the "
-                "new one, which keeps the records that both share"
-            )
+        self.check_place(overwrite=overwrite)
         try:
-            for name in ("units", "models", "claims", "attempts"):
-                (self.path / name).mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise output_error(error, self.path) from error
+        mark = self.path / MARK
         with self._lock():
-            write_text(spec_text, self.path / "study.yaml")
+            found = mark.read_text("utf-8").strip() if mark.exists() else fingerprint
+            if found != fingerprint and not overwrite:
+                raise StudyError(
+                    f"{self.path}: holds another study ({self.path / STUDY} differs from what is "
+                    "asked);\nname another with --out, or add --overwrite to go on here with the "
+                    "new one, which keeps the records that both share"
+                )
+            try:
+                for name in FOLDERS:
+                    (self.path / name).mkdir(exist_ok=True)
+            except OSError as error:
+                raise output_error(error, self.path) from error
+            write_text(spec_text, self.path / STUDY)
             write_text(fingerprint + "\n", mark)
+
+    def check_place(self, *, overwrite: bool = False) -> None:
+        """Check that a study may begin here, or has begun, without writing anything.
+
+        Raises:
+            OutputError: if it cannot be written, or holds something else.
+        """
+        try:
+            claim(self.path, overwrite=overwrite)
+        except OutputError:
+            if not self._is_begun():
+                raise
+
+    def _is_begun(self) -> bool:
+        """Say whether a study is here, or nothing but what one begins with.
+
+        Of runners that start at once one may look while another has not marked the place yet.
+        """
+        if (self.path / MARK).exists():
+            return True
+        if not (self.path / LOCK).exists():
+            return False
+        names = {entry.name for entry in self.path.iterdir()} - {*FOLDERS, LOCK, STUDY}
+        return all(name.startswith((f".{STUDY}", f".{MARK}")) for name in names - {MARK})
 
     # -- records ---------------------------------------------------------------------------
 
     def records(self, units: Iterable[str]) -> dict[str, UnitRecord]:
-        """Return the records that there are of these units; each file is read once.
+        """Return the records that there are of these units; files of what is done are read once.
 
         Raises:
             StudyError: if a record is of another version, or cannot be read.
@@ -152,12 +180,15 @@ class StudyDirectory:
             if f"{unit}.json" not in there:
                 self._known.pop(unit, None)
                 continue
-            if unit not in self._known:
+            record = self._known.get(unit)
+            if record is None:
                 try:
-                    self._known[unit] = _read_record(self.path / "units" / f"{unit}.json")
+                    record = _read_record(self.path / "units" / f"{unit}.json")
                 except FileNotFoundError:
                     continue  # forgotten since the listing, by one who does failures again
-            found[unit] = self._known[unit]
+            if record.status == "done":  # what failed may be done again by another
+                self._known[unit] = record
+            found[unit] = record
         return found
 
     def write(
@@ -332,7 +363,7 @@ class StudyDirectory:
         return self.path / "claims" / unit
 
     def _lock(self) -> FileLock:
-        return FileLock(self.path / ".lock")
+        return FileLock(self.path / LOCK)
 
 
 def _read_record(path: Path) -> UnitRecord:

@@ -168,7 +168,10 @@ def pairs(scores: Frame, *, shots: int, split: str = "test", by_task: bool = Tru
     values = ["base", "tuned", "base_direct", "noise", "log_size"]
     if by_task:
         return found[[*keys, "task", *values]].reset_index(drop=True)
-    return found.groupby(keys, dropna=False, sort=False)[values].mean().reset_index()
+    groups = found.groupby(keys, dropna=False, sort=False)
+    means = groups[values].mean()
+    means["noise"] /= groups.size()  # of a mean of independent scores
+    return means.reset_index()
 
 
 def matrix(rows: Frame) -> Matrix:

@@ -15,7 +15,7 @@ from keepshot.errors import ConfigError, unknown
 from keepshot.models.made import MAKING_VERSION, Degradation, FromScratch
 from keepshot.records import Split
 from keepshot.specs import Spec, apply_overrides, is_none
-from keepshot.study.asks import Ask, Stage
+from keepshot.study.asks import Ask, Stage, check_once
 from keepshot.tuning.recipe import Recipe
 from keepshot.tuning.samplegen import is_plain
 
@@ -146,7 +146,7 @@ class StudySpec(Spec):
 
     no_effect_on_results = frozenset({"question", "keep_models"})
 
-    name: str = Field(default="study", pattern=r"^[\w.-]+$")
+    name: str = Field(default="study", pattern=r"^\w[\w.-]*$")
     """Name of the study, and of its directory under `runs` where none is given."""
     question: str = ""
     """What it is to find out; heads the report."""
@@ -189,17 +189,22 @@ class StudySpec(Spec):
             models = [one for entry in models for one in _each_model(entry)]
         recipes = content.get("recipes", {})
         if isinstance(recipes, dict):
-            shared = {"data": "-", **(content.get("shared") or {})}
+            given = content.get("shared") or {}
+            if not isinstance(given, dict):
+                raise ValueError(
+                    f"`shared` = {given!r}: expected keys that every recipe has, such as {{steps: "
+                    "60}"
+                )
+            shared = {"data": "-", **given}
             recipes = dict(_varied(recipes, shared))
         return {**content, "models": models, "recipes": recipes}
 
     @model_validator(mode="after")
     def _check_axes(self) -> Self:
         labels = [model.label for model in self.models]
-        for what, names in (("model", labels), ("target", list(self.targets))):
-            repeated = next((name for name in names if names.count(name) > 1), None)
-            if repeated:
-                raise ValueError(f"{what} {repeated!r} is named twice; name each once")
+        named = (("model", labels), ("target", list(self.targets)), ("seed", list(self.seeds)))
+        for what, names in named:
+            check_once(what, names)
         if self.recipes and not self.targets:
             raise ValueError("there are recipes and no `targets` to tune for; name some")
         writing = any(not is_plain(recipe.samples) for recipe in self.recipes.values())
@@ -314,9 +319,10 @@ def _each_value(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     whole = dict(content)
     vary = whole.pop("vary", {})
-    if not isinstance(vary, dict) or not all(isinstance(v, list) for v in vary.values()):
+    if not isinstance(vary, dict) or not all(isinstance(v, list) and v for v in vary.values()):
         raise ConfigError(
-            f"{what}: `vary` = {vary!r}: expected lists, such as {{learning_rate: [1e-5, 1e-4]}}"
+            f"{what}: `vary` = {vary!r}: expected lists of at least one value, such as "
+            "{learning_rate: [1e-5, 1e-4]}"
         )
     for values in itertools.product(*vary.values()):
         pairs = list(zip(vary, values, strict=True))

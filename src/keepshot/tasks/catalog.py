@@ -28,15 +28,18 @@ NUM_TEST = 150
 Builder: TypeAlias = "Callable[[AssetSource, Generator], Sequence[Example]]"
 Role = Literal["suite", "anchor", "guard", "target"]
 Sizes = tuple[int, int, int]
+OF_AN_ANCHOR = {"capitals": "letter case", "twice": "repetition"}
+"""Forms of composed answers that an anchor's rule makes as well."""
 
 
 @dataclass(frozen=True)
 class TaskEntry:
     """What is known of a task before its examples are built.
 
-    `rule` is the kind of rule that an answer follows; anchors share none with the suites. `assets`
-    are the pinned packages that building fetches. `version` rises when questions change. `test`
-    builds the test split where its questions were written apart from the others.
+    `rule` is the kind of rule that an answer follows; anchors share none with the suites but
+    `composed`, five of whose tasks have an anchor's. `assets` are the pinned packages that building
+    fetches. `version` rises when questions change. `test` builds the test split where its questions
+    were written apart from the others.
     """
 
     kind: Kind
@@ -103,9 +106,8 @@ def _target(
 
 def _composition(rule: composed.Rule) -> TaskEntry:
     kind: Kind = "exact" if rule.choices is None else "choice"
-    return _code(
-        kind, f"composed {rule.family}", "composition", rule.instruction, rule.questions
-    )  # fmt: skip
+    named = OF_AN_ANCHOR.get(rule.name.rpartition("-")[2], "composition")
+    return _code(kind, f"composed {rule.family}", named, rule.instruction, rule.questions)
 
 
 def _text(domain: str, rule: str, description: str, name: str, kind: Kind = "choice") -> TaskEntry:
@@ -396,9 +398,9 @@ def task_from_file(
     groups = group_by_input(content.examples)
     order = seeded("file", seed).permutation(len(groups))
     shuffled = [groups[int(index)] for index in order]
-    pool, rest = _take(shuffled, num_pool)
+    pool, rest = take_groups(shuffled, num_pool)
     num_rest = sum(map(len, rest))
-    validation, test = _take(rest, round(num_rest * validation_share))
+    validation, test = take_groups(rest, round(num_rest * validation_share))
     return Task(
         name=path.name,
         kind="exact" if content.examples[0].choices is None else "choice",
@@ -443,7 +445,7 @@ def _sizes(available: int, num_validation: int, num_test: int) -> Sizes:
     return demonstrations, validation, available - demonstrations - validation
 
 
-def _take(
+def take_groups(
     groups: Sequence[list[Example]], count: int
 ) -> tuple[list[list[Example]], list[list[Example]]]:
     """Take whole groups, in order, until `count` rows are reached; return taken and left."""
@@ -465,4 +467,12 @@ def is_path(text: str) -> bool:
     """Say whether `text` is meant as the path of an examples file, not as an embedded task."""
     if text in CATALOG:
         return False
-    return text.endswith(SUFFIXES) or "/" in text or "\\" in text or Path(text).is_file()
+    return text.endswith(SUFFIXES) or "/" in text or "\\" in text or is_file(text)
+
+
+def is_file(text: str) -> bool:
+    """Say whether a file lies at `text`; what is too long for a path names none."""
+    try:
+        return Path(text).is_file()
+    except OSError:
+        return False

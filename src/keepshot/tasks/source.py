@@ -150,6 +150,8 @@ def _parse_example(content: Mapping[str, Any], where: str) -> Example:
     if not isinstance(given, list) or not all(isinstance(c, str) for c in cast(list[Any], given)):
         raise TaskError(f"{where}: 'choices' is {_short(given)}; expected a list of texts")
     choices = tuple(choice.strip() for choice in cast(list[str], given))
+    for choice in choices:
+        _check_characters(choice, f"{where}: choice {_short(choice)}")
     if len(set(choices)) < max(2, len(choices)) or "" in choices:
         raise TaskError(f"{where}: choices {_short(given)} must be two or more different texts")
     if output not in choices:
@@ -214,7 +216,18 @@ def _text(content: Mapping[str, Any], key: str, where: str) -> str:
         raise TaskError(f"{where}: field {key!r} is {_short(value)}; expected a text in quotes")
     if not value.strip():
         raise TaskError(f"{where}: field {key!r} is empty")
+    _check_characters(value, f"{where}: field {key!r}")
     return value
+
+
+def _check_characters(text: str, where: str) -> None:
+    """Refuse half of a character, which JSON can hold and no tokenizer and no file can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TaskError(
+            f"{where} holds half a character ({text[error.start]!a}); write the whole one"
+        ) from None
 
 
 def read_objects(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
@@ -278,14 +291,20 @@ def _json_lines(content: bytes, path: Path) -> Iterator[tuple[Mapping[str, Any],
         where = f"{path} line {number}"
         try:
             value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = getattr(error, "msg", "nested too deeply")
+        except (ValueError, RecursionError) as error:
+            reason = _reason(error)
             raise TaskError(
                 f"{where}: is not JSON ({reason}): {_short(line)}; expected one object a line"
             ) from None
         if not isinstance(value, dict):
             raise TaskError(f"{where}: is {_short(value)}; expected a JSON object with {FORMS}")
         yield cast(Mapping[str, Any], value), where
+
+
+def _reason(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
 
 
 def _csv_lines(content: bytes, path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
@@ -316,7 +335,7 @@ def _decode_cells(cells: Mapping[str, str], where: str) -> Mapping[str, Any]:
             continue
         try:
             content[key] = json.loads(cell)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             raise TaskError(
                 f"{where}: cell {key!r} is {_short(cell)}; expected a JSON list"
             ) from None

@@ -1,7 +1,8 @@
 """Anchor tasks: what can be done to the written form of words, whatever they mean.
 
 The keep term draws its few-shot prompts from these. They share neither words nor kind of rule with
-any task of the measured suites, so that a kept ability is not a trained one.
+any task of suites `core`, `full` and `guard`, so that a kept ability is not a trained one. Five
+tasks of suite `composed` put other words in capitals or twice; a run refuses them beside these.
 """
 
 from __future__ import annotations

@@ -302,7 +302,7 @@ def _opening(row: Row) -> str:
 
 def _encode_answer(model: LanguageModel, context: str, completion: str) -> Sample:
     ended = completion if completion.endswith("\n") else completion + "\n"
-    before, answer = model.encode_pair(context, ended)
+    before, answer = model.encode_answer(context, ended)
     start = max(len(before), 1)
     ids = (*before, *answer)
     return Sample(ids, tuple(range(start - 1, len(ids) - 1)))
@@ -313,7 +313,7 @@ def _encode_completion(model: LanguageModel, prompt: str, completion: str) -> Sa
     end = _end_of_text(model)
     if not end:
         return _encode_answer(model, prompt, completion)
-    before, answer = model.encode_pair(prompt, completion)
+    before, answer = model.encode_answer(prompt, completion)
     ids = (*before, *answer, *end)
     return Sample(ids, tuple(range(max(len(before), 1) - 1, len(ids) - 1)))
 

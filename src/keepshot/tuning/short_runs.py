@@ -80,7 +80,7 @@ def find_rate(
 ) -> tuple[float, str, tuple[Trial, ...]]:
     """Find a learning rate by short runs from the untuned model, which is back afterwards.
 
-    From the method's default it goes up or down in factors of two while the total falls, and takes
+    From the method's default it goes up and down in factors of two while the total falls, and takes
     half the best rate: what a short run can bear is too much for a long one.
 
     Args:
@@ -101,14 +101,8 @@ def find_rate(
             seen[power] = _try(work, start * 2.0**power, steps, target_loss)
         return seen[power].total
 
-    best = 0
-    total(best)
-    for direction in (1, -1):
-        while abs(best + direction) <= FURTHEST and total(best + direction) < total(best):
-            best += direction
-        if best > 0:
-            break
-    trials, chosen = tuple(seen.values()), seen[best]
+    chosen = seen[lowest(total)]
+    trials = tuple(seen.values())
     if chosen.target_loss is None:
         return start, "every short run broke, so the method's default is taken", trials
     why = (
@@ -117,6 +111,21 @@ def find_rate(
         f"{chosen.keep_loss:.3f} of keep terms)"
     )
     return chosen.learning_rate / 2.0, why, trials
+
+
+def lowest(total: Callable[[int], float]) -> int:
+    """Return the power of two whose total is the lowest found; the start, 0, where none is lower.
+
+    Down from the start as well as up: totals of short runs are noisy, and a first step up that
+    gains little says nothing about what lies below.
+    """
+    ends = [0]
+    for direction in (1, -1):
+        power = 0
+        while abs(power + direction) <= FURTHEST and total(power) > total(power + direction):
+            power += direction
+        ends.append(power)
+    return min(ends, key=total)
 
 
 def _try(work: Work, rate: float, steps: int, target_loss: Callable[[], float]) -> Trial:
