@@ -40,8 +40,10 @@ def score(rows: pd.DataFrame, target: str, split: str) -> np.ndarray:
     return matrix(asked.drop_duplicates(["tuning_seed", "item"]))
 
 
-def few_shot(rows: pd.DataFrame, target: str, shots: int) -> dict[str, np.ndarray]:
-    asked = rows[(rows["task"] != target) & (rows["shots"] == shots) & (rows["split"] == "test")]
+def few_shot(
+    rows: pd.DataFrame, target: str, shots: int, split: str = "test"
+) -> dict[str, np.ndarray]:
+    asked = rows[(rows["task"] != target) & (rows["shots"] == shots) & (rows["split"] == split)]
     return {str(task): matrix(own) for task, own in asked.groupby("task")}
 
 
@@ -49,13 +51,13 @@ def words(found: stats.Interval) -> str:
     return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
-def kept(after: dict, before: dict, chances: pd.Series) -> tuple[float, np.ndarray]:
+def kept(after: dict, before: dict, chances: pd.Series, num_seeds: int) -> tuple[float, np.ndarray]:
     """Return retention, and its resamples."""
     tasks = sorted(after)
     untuned = [np.tile(before[task], (len(after[task]), 1)) for task in tasks]
     found = stats.resampled_retention(
         [after[task] for task in tasks], untuned, [float(chances[task]) for task in tasks],
-        np.random.default_rng(SEED),
+        np.random.default_rng(SEED), [num_seeds] * len(tasks),
     )  # fmt: skip
     assert found is not None, "the untuned model is above chance"
     return found
@@ -102,7 +104,8 @@ def report(model: str, rows: pd.DataFrame) -> None:
             for shots in (4, 8):
                 after = few_shot(arms[name], str(target), shots)
                 untuned = few_shot(base, str(target), shots)
-                figures[f"kept, {shots} shots"] = kept(after, untuned, chances)
+                seeds = arms[name]["tuning_seed"].nunique()
+                figures[f"kept, {shots} shots"] = kept(after, untuned, chances, seeds)
                 size = sum(answers.shape[1] for answers in after.values())
             for what, found in figures.items():
                 totals.setdefault((arm, what), []).append(found)
@@ -118,17 +121,28 @@ def report(model: str, rows: pd.DataFrame) -> None:
 
 
 def besides(rows: pd.DataFrame) -> None:
-    """Print what else is known of every arm: form, leakage, divergence, time."""
+    """Print all arms: both scores, form, leakage, divergence, time; of test items if there are."""
     rows = rows.reindex(columns=[*rows.columns, *(name for name in COST if name not in rows)])
-    heads = ("target", "arm", "format failures", "leakage", "KL, few-shot", "KL, target", "seconds")
+    split = "test" if (rows["split"] == "test").any() else "validation"
+    heads = ("target", "arm", f"target score, {split} items", "kept, 4 shots", "format failures",
+             "leakage", "KL, few-shot", "KL, target", "seconds")  # fmt: skip
     print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
-    few = rows[(rows["split"] == "test") & (rows["shots"] == 4) & (rows["task"] != rows["target"])]
+    base = rows[rows["stage"] == "base"]
+    chances = base.groupby("task")["chance"].mean()
     columns = ["format_failure", "label_leakage", *COST]
-    for (target, arm), own in few.groupby(["target", "recipe"], dropna=False, sort=False):
-        by_task = own.groupby("task")[columns].mean().mean()
-        cells = [f"{by_task[name]:.{0 if name.endswith('seconds') else 3}f}" for name in columns]
-        names = ["" if pd.isna(name) else str(name) for name in (target, arm)]
-        print(f"| {names[0]} | {names[1] or 'untuned'} | {' | '.join(cells)} |")
+    tuned = rows[rows["stage"] == "tuned"].groupby(["target", "recipe"], sort=False)
+    for (target, arm), own in tuned:
+        right, after = score(own, str(target), split), few_shot(own, str(target), 4, split)
+        if not right.size or not after:
+            continue
+        share = words(stats.proportion(right.mean() * right.shape[1], right.shape[1]))
+        before = few_shot(base, str(target), 4, split)
+        found = kept(after, before, chances, own["tuning_seed"].nunique())
+        few = own[(own["split"] == split) & (own["shots"] == 4) & (own["task"] != target)]
+        means = few.groupby("task")[columns].mean().mean()
+        cells = [f"{means[name]:.{0 if name.endswith('seconds') else 3}f}" for name in columns]
+        told = [share, words(stats.percentiles(*found)), *cells]
+        print(f"| {target} | {arm} | {' | '.join(told)} |")
 
 
 def figure(rows: pd.DataFrame) -> str:
@@ -140,7 +154,8 @@ def figure(rows: pd.DataFrame) -> str:
         points.append({"arm": "untuned", "x": before, "y": 1.0, "rate": 0.0})
         for arm, own in near.groupby("recipe", sort=False):
             after = few_shot(own, str(target), 4)
-            value, _ = kept(after, few_shot(base, str(target), 4), chances)
+            before_tuning = few_shot(base, str(target), 4)
+            value, _ = kept(after, before_tuning, chances, own["tuning_seed"].nunique())
             rate = float(str(arm).rpartition("=")[2]) if "=" in str(arm) else 0.0
             points.append({
                 "arm": "full tuning" if rate else "the default", "rate": rate, "y": value,
@@ -174,7 +189,8 @@ def main() -> None:
         if given.figure:
             given.figure.write_text(figure(rows), encoding="utf-8")
             return
-        report(str(model), rows)
+        if (rows["recipe"] == "auto").any():
+            report(str(model), rows)
         besides(rows)
 
 
