@@ -119,9 +119,13 @@ def claim(out_dir: Path, *, overwrite: bool = False) -> None:
     Raises:
         OutputError: saying why not and what to do.
     """
-    if out_dir.exists() and not out_dir.is_dir():
+    try:
+        there = out_dir.exists()
+    except OSError as error:
+        raise output_error(error, out_dir) from error
+    if there and not out_dir.is_dir():
         raise OutputError(f"{out_dir}: is a file; name a directory that does not exist yet")
-    if out_dir.exists() and any(out_dir.iterdir()) and not overwrite:
+    if there and any(out_dir.iterdir()) and not overwrite:
         raise OutputError(
             f"{out_dir}: already exists; add --overwrite to replace it, or name another with --out"
         )
@@ -136,6 +140,7 @@ def claim(out_dir: Path, *, overwrite: bool = False) -> None:
 
 _UNWRITABLE = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT,
+    errno.ENAMETOOLONG,
 }  # fmt: skip
 _PROBE_BYTES = 4096
 

@@ -68,6 +68,8 @@ def test_what_exists_is_refused_unless_overwritten(tmp_path: Path) -> None:
         records.claim(tmp_path / "file")
     with pytest.raises(OutputError, match="cannot be written"):
         records.claim(tmp_path / "file" / "below")
+    with pytest.raises(OutputError, match="choose another --out"):
+        records.claim(tmp_path / ("x" * 300))
 
 
 def test_a_full_disk_is_said_in_words() -> None:
