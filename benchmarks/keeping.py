@@ -64,12 +64,16 @@ def kept(after: dict, before: dict, chances: pd.Series, num_seeds: int) -> tuple
 
 
 def chosen(arms: dict[str, pd.DataFrame], target: str) -> dict[str, str]:
-    """Return which recipes stand as the default, plain and gentle tuning, by validation items."""
+    """Return which recipes stand as the default, plain and gentle tuning, by validation items.
+
+    Of plain rates that are equal there it is the highest.
+    """
     plain = {name: float(score(rows, target, "validation").mean())
              for name, rows in arms.items() if name != "auto"}  # fmt: skip
-    best = max(plain, key=lambda name: plain[name])
+    rates = {name: float(name.rpartition("=")[2]) for name in plain}
+    best = max(plain, key=lambda name: (plain[name], rates[name]))
     level = [name for name, value in plain.items() if value >= plain[best] - LEVEL]
-    gentle = min(level, key=lambda name: float(name.rpartition("=")[2]))
+    gentle = min(level, key=lambda name: rates[name])
     return {"auto": "auto", "plain": best, "gentle": gentle}
 
 
