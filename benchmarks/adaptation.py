@@ -262,14 +262,14 @@ def _looks(arm: tuple) -> str | None:
     return next((name for name in LOOKS if arm[0] and arm[0].startswith(name)), None)
 
 
-def axes(*, first: bool) -> tuple[alt.X, alt.Y]:
+def axes(*, first: bool, top: float = 1.2) -> tuple[alt.X, alt.Y]:
     """Return target score and few-shot ability kept as axes; the second named once."""
     x = alt.X(
         "x:Q", title="target score", scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(tickCount=5)
     )
     y = alt.Y(
         "y:Q", title="few-shot ability kept" if first else None,
-        scale=alt.Scale(domain=[0, 1.2]), axis=alt.Axis(tickCount=6),
+        scale=alt.Scale(domain=[0, top]), axis=alt.Axis(tickCount=6),
     )  # fmt: skip
     return x, y
 

@@ -172,7 +172,7 @@ def figure(rows: pd.DataFrame) -> str:
 
 def _panel(target: str, points: list[dict], *, first: bool) -> alt.LayerChart:
     arms, colours = ["untuned", "the default", "full tuning"], ["#555555", "#009e73", "#0072b2"]
-    base = alt.Chart(data(points)).encode(*axes(first=first))
+    base = alt.Chart(data(points)).encode(*axes(first=first, top=1.3))
     full = base.transform_filter(alt.FieldEqualPredicate("full tuning", "arm"))
     line = full.mark_line(strokeWidth=1.4, color=colours[2]).encode(order="rate:Q")
     names = full.mark_text(align="right", dx=-7, dy=4, fontSize=10).encode(text="name:N")
