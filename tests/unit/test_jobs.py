@@ -415,23 +415,22 @@ def test_a_sweep_does_not_go_on_with_another_model(
     assert status("blend", "base", "other", *sweep) == 0
 
 
-def test_measuring_does_not_go_on_with_a_model_that_changed(
-    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "words",
+    [
+        # The kept rows were of the old weights, and the record carried the new weights' sha256.
+        ["measure", "base", "other", "--tasks", "addition", "--limit", "2", "--out", "out"],
+        # Arms tuned from new weights stood beside `before` of the old ones.
+        ["run", "recipe.yaml", "--out", "out"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_was_measured_is_not_gone_on_with_after_its_model_changed(
+    words: list[str],
+    workplace: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The kept rows were of the old weights, and the record carried the new weights' sha256."""
-    words = ["measure", "base", "other", "--tasks", "addition", "--limit", "2", "--out", "out"]
-    _stop_once_kept(words, monkeypatch)
-    change_weights(workplace / "base")
-    capsys.readouterr()
-    assert status(*words) == 2
-    assert "unfinished:\nbase has changed;\nadd --overwrite" in capsys.readouterr().err
-
-
-def test_a_run_does_not_go_on_with_another_base(
-    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Arms tuned from new weights stood beside `before` of the old ones."""
-    words = ["run", "recipe.yaml", "--out", "out"]
     _stop_once_kept(words, monkeypatch)
     change_weights(workplace / "base")
     capsys.readouterr()

@@ -28,7 +28,7 @@ from keepshot.records import InstructionRow, write_instructions
 from keepshot.report.study import write_study_report
 from keepshot.study.arms import arms
 from keepshot.study.costs import overhead_of
-from keepshot.study.directory import StudyDirectory
+from keepshot.study.directory import MARK, STUDY, StudyDirectory
 from keepshot.study.document import RECORD, StudyDocument
 from keepshot.study.findings import findings
 from keepshot.study.frame import Frame, check_tags, item_frame, score_frame, write_frames
@@ -133,12 +133,12 @@ def opened(spec: StudySpec, out_dir: Path) -> StudyDirectory:
     Raises:
         StudyError: if none lies there, or one of another study.
     """
-    mark = out_dir / "fingerprint"
+    mark = out_dir / MARK
     if not mark.exists():
         raise StudyError(f"{out_dir}: no study lies here yet; start it, or name another with --out")
     if mark.read_text("utf-8").strip() != spec.fingerprint():
         raise StudyError(
-            f"{out_dir}: holds another study; compare with {out_dir / 'study.yaml'}, or name "
+            f"{out_dir}: holds another study; compare with {out_dir / STUDY}, or name "
             "another with --out"
         )
     return StudyDirectory(out_dir)

@@ -35,7 +35,7 @@ from keepshot.scoring.evaluate import Plan, ask
 from keepshot.scoring.prefix import build_trie
 from keepshot.scoring.request import tokens_to_read
 from keepshot.study.costs import Recorded, recorded
-from keepshot.study.directory import StudyDirectory, UnitRecord
+from keepshot.study.directory import MARK, StudyDirectory, UnitRecord
 from keepshot.study.grid import MOST_UNITS, Grid, Unit, tasks_of
 from keepshot.study.runner import Watch
 from keepshot.study.spec import StudiedModel, StudySpec
@@ -221,7 +221,7 @@ def plan_study(
 
 def _begun(spec: StudySpec, out_dir: Path, running: Running) -> StudyDirectory | None:
     """Return the directory of a study that was begun; None where one can begin."""
-    if not (out_dir / "fingerprint").exists():
+    if not (out_dir / MARK).exists():
         StudyDirectory(out_dir).check_place(overwrite=running.overwrite)
         return None
     return StudyDirectory(out_dir) if running.overwrite else opened(spec, out_dir)

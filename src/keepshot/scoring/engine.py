@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -109,11 +109,9 @@ class Engine:
 
         What cannot be shared is read whole: it counts among the tokens, without a pass in the plan.
         """
-        unique = list(dict.fromkeys(requests))
-        found = plan(
-            build_trie([tokens_to_read(r) for r in unique if self._shares(r)]), self._limits
-        )
-        whole = sum(len(tokens_to_read(r)) for r in unique if not self._shares(r))
+        shared, alone = self._parted(dict.fromkeys(requests))
+        found = plan(build_trie([tokens_to_read(request) for request in shared]), self._limits)
+        whole = sum(len(tokens_to_read(request)) for request in alone)
         return replace(
             found,
             tokens_prefilled=found.tokens_prefilled + whole,
@@ -164,12 +162,19 @@ class Engine:
 
     def _answer(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Result]]:
         """Answer in any order; where a device runs out of memory, go on with half the batch."""
-        yield from self._answer_alike([r for r in requests if self._shares(r)], plainly=False)
-        yield from self._answer_alike([r for r in requests if not self._shares(r)], plainly=True)
+        shared, alone = self._parted(requests)
+        yield from self._answer_alike(shared, plainly=False)
+        yield from self._answer_alike(alone, plainly=True)
 
-    def _shares(self, request: Request) -> bool:
+    def _parted(self, requests: Iterable[Request]) -> tuple[list[Request], list[Request]]:
+        """Return those that may share, and those that must be read from their beginning."""
         steady = self._trunk.steady_length
-        return self.sharing != "plain" and (steady is None or longest(request) <= steady)
+        shared: list[Request] = []
+        alone: list[Request] = []
+        for request in requests:
+            within = steady is None or longest(request) <= steady
+            (shared if within and self.sharing != "plain" else alone).append(request)
+        return shared, alone
 
     def _answer_alike(
         self, requests: Sequence[Request], *, plainly: bool
