@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -267,7 +267,10 @@ def reading(retention: float, spread: float = 0.02) -> Reading:
 
 
 def lowered(
-    model: LanguageModel, method: Any, seen: list[Reading]
+    model: LanguageModel,
+    method: Any,
+    seen: list[Reading],
+    losses: Sequence[float] = (1.5, 1.5, 1.5),
 ) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
     """Change what trains, lower lambda while `seen` says so; return weights before and after."""
     guard = ICLGuard([ANCHOR], tolerance=0.05, probe=Probe())
@@ -279,9 +282,9 @@ def lowered(
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     full = weights(model)
     guard.readings.append(seen[0])
-    rest = iter(seen[1:])
+    rest, loss = iter(seen[1:]), iter(losses)
     lam, why, path = find_lambda(
-        prepared, start, guard, (0.75, 0.5), lambda: next(rest), lambda: 1.5
+        prepared, start, guard, (0.75, 0.5), lambda: next(rest), lambda: next(loss)
     )
     assert why
     assert [point.lam for point in path] == [1.0, 0.75, 0.5][: len(seen) if len(seen) > 1 else 0]
@@ -316,12 +319,25 @@ def test_lambda_is_lowered_until_the_guard_is_content(fresh_pico: Build):
         assert torch.allclose(model.module(input_ids=IDS).logits, found, atol=1e-4)
 
 
-def test_where_no_lambda_helps_every_bit_stays(fresh_pico: Build):
-    lam, full, now = lowered(
-        fresh_pico("llama"), Full(), [reading(0.5), reading(0.5), reading(0.6)]
-    )
-    assert lam == 1.0
-    assert equal(full, now)
+@pytest.mark.parametrize(
+    ("second", "third", "losses", "expected"),
+    [
+        (0.6, 0.7, (1.5, 1.55, 1.59), 0.5),  # the best reading
+        (0.6, 0.7, (1.5, 1.55, 1.61), 0.75),  # at more than .1 nats it is too dear
+        (0.6, 0.7, (1.5, 1.3, 1.59), 0.75),  # the least loss need not be that of lambda 1
+        (0.4, 0.4, (1.5, 1.5, 1.5), 1.0),  # nothing lowered is better
+    ],
+)
+def test_where_no_lambda_contents_the_best_reading_at_little_loss_is_taken(
+    second: float, third: float, losses: tuple[float, ...], expected: float, fresh_pico: Build
+):
+    base = fresh_pico("llama")
+    seen = [reading(0.5), reading(second), reading(third)]
+    lam, full, now = lowered(fresh_pico("llama"), Full(), seen, losses)
+    assert lam == expected
+    assert lam < 1.0 or equal(full, now)
+    for name, weight in weights(base).items():
+        assert torch.allclose(now[name], weight + lam * (full[name] - weight), atol=1e-6)
 
 
 def test_the_card_says_where_a_short_run_broke():

@@ -14,6 +14,9 @@ from torch import Tensor
 from keepshot.tuning.guard import ICLGuard, Reading
 from keepshot.tuning.methods import Prepared
 
+SPARE = 0.1
+"""Nats of target loss that may be given up for a guard whom no lambda contents."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -38,6 +41,9 @@ def find_lambda(
 ) -> tuple[float, str, tuple[Point, ...]]:
     """Lower lambda in place until the guard is content, if it is not; else leave every bit.
 
+    Where no lambda contents the guard, the one that it finds best is taken, of those whose target
+    loss is within `SPARE` of the least.
+
     Args:
         prepared: what was trained, in the module.
         start: what it was before; None for adapters, which start where they change nothing.
@@ -60,9 +66,18 @@ def find_lambda(
         if not guard.minds(reading):
             why = f"the guard found {_words(last)} at lambda 1, and {_words(reading)} here"
             return lam, why, tuple(path)
-    _move_(places, 1.0)
-    why = f"the guard found {_words(last)} at the end, and no lambda on the path mended that"
-    return 1.0, why, tuple(path)
+    lam = _best(path)
+    _move_(places, lam)
+    why = (
+        f"the guard found {_words(last)} at lambda 1 and is content with no lambda tried; of those "
+        f"whose target loss is within {SPARE:g} of the least, this one keeps most"
+    )
+    return lam, why, tuple(path)
+
+
+def _best(path: Sequence[Point]) -> float:
+    least = min(point.target_loss for point in path)
+    return max((p for p in path if p.target_loss <= least + SPARE), key=lambda p: p.retention).lam
 
 
 def _words(reading: Reading) -> str:
