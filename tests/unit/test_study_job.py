@@ -202,6 +202,23 @@ def test_retry_does_failures_again(workplace: Path, capsys: pytest.CaptureFixtur
     assert json.loads(capsys.readouterr().out)["failed"] == 1
 
 
+def test_a_plan_to_retry_counts_failures_as_left(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_study(workplace, models=["base"], recipes={}, targets=[], blends=None, exclude=[],
+                asks={"a": {"tasks": ["addition"], "limit": 4}})  # fmt: skip
+    assert status("study", "study.yaml", "--out", "runs", "--json") == 0
+    [place] = (workplace / "runs" / "units").glob("*.json")
+    record = json.loads(place.read_text("utf-8"))
+    place.write_text(json.dumps({**record, "status": "failed", "reason": "the disk was full"}))
+    capsys.readouterr()
+    for retry, left, failed in ([], 0, 1), (["--retry"], 1, 0):
+        assert status("study", "study.yaml", "--out", "runs", "--plan", "--json", *retry) == 0
+        plan = json.loads(capsys.readouterr().out)
+        assert [work["left"] for work in plan["work"]] == [left]
+        assert plan["failed"] == failed
+
+
 @pytest.mark.slow
 def test_a_study_stopped_and_resumed_equals_an_uninterrupted_one(
     workplace: Path, capsys: pytest.CaptureFixture[str]

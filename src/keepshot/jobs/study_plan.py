@@ -193,6 +193,8 @@ def plan_study(
     watch.stage("reading tasks")
     grid = grid_of(spec, store)
     records = directory.records(grid.units) if directory else {}
+    if running.retry:
+        records = {unit: record for unit, record in records.items() if record.status != "failed"}
     worker = Worker(spec, store, directory or StudyDirectory(out_dir), watch)
     worker.check(grid)
     like = {model.label: model.like for model in spec.models}
