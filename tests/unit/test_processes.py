@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from keepshot.models.loading import save
 from pico import pico_model
@@ -74,6 +77,54 @@ same = (place / "whole.safetensors").read_bytes() == (place / "killed.safetensor
 print(killed, same)
 """
 
+JOINED = """
+import os, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from datasets import Dataset
+from safetensors.torch import save_file
+from transformers import Trainer, TrainingArguments
+from keepshot.tuning.join import keep_close
+from keepshot.tuning.keep import KL
+from pico import pico_model
+
+place, port = Path(sys.argv[1]), sys.argv[2]
+
+def collate(rows):
+    ids = torch.tensor([row["input_ids"] for row in rows])
+    return {"input_ids": ids, "labels": ids}
+
+def run(rank, world):
+    if world > 1:  # as torchrun sets them
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    model = pico_model("llama")
+    rows = Dataset.from_list([{"input_ids": [3 + n, 4 + n, 5, 6 + n, 7]} for n in range(24)])
+    args = TrainingArguments(
+        output_dir=str(place / "out"), max_steps=4, per_device_train_batch_size=6 // world,
+        learning_rate=1e-2, lr_scheduler_type="constant", optim="sgd", save_strategy="no",
+        report_to=[], use_cpu=True, disable_tqdm=True, logging_steps=1, seed=0,
+    )
+    trainer = Trainer(model=model.module, args=args, train_dataset=rows, data_collator=collate,
+                      processing_class=model.tokenizer)
+    keep_close(trainer, KL(prompts=8, weight=5.0, shots=(1, 2), tasks="upper-case"))
+    trainer.train()
+    assert trainer.accelerator.num_processes == world
+    assert trainer.state.log_history[-2]["keep/kl"] > 0.0
+    weights = {name: p.detach().clone() for name, p in model.module.named_parameters()}
+    save_file(weights, place / f"{world}-{rank}.safetensors")
+
+for world in (1, 2):
+    children = []
+    for rank in range(world):
+        if (child := os.fork()) == 0:
+            run(rank, world)
+            os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * world
+"""
+
 
 def environment(tmp_path: Path) -> dict[str, str]:
     tests = str(Path(__file__).parents[1])
@@ -134,3 +185,22 @@ def test_two_processes_tune_as_one_does(tmp_path: Path) -> None:
         assert other == pytest.approx(row, abs=1e-6)
     assert one["training"][0]["losses"][0]["loss"] > one["training"][0]["losses"][-1]["loss"]
     assert (tmp_path / "run-2" / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_joined_term_is_the_same_in_two_processes(tmp_path: Path) -> None:
+    """Anyone's Trainer in two gloo processes, each with half of every batch."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-c", JOINED, str(tmp_path), str(port)],
+        env=environment(tmp_path), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, first, second = (
+        load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1")
+    )
+    for name, weight in one.items():
+        assert torch.allclose(weight, first[name], atol=1e-6), name
+        assert torch.equal(first[name], second[name]), name
