@@ -159,6 +159,17 @@ def test_the_search_goes_on_while_the_total_falls(known: str, fresh_pico: Build)
     assert best == furthest or totals[2 * best] >= totals[best]
 
 
+def test_the_lowest_rate_of_the_search_is_not_halved(known: str, fresh_pico: Build):
+    """A keep term that outweighs everything makes every step down a gain."""
+    heavy = (TERM.model_copy(update={"weight": 1e6}),)
+    record = tune(fresh_pico("llama"), known, method=LoRA(rank=2), keep=heavy)
+    assert record.auto is not None
+    lowest_rate = default_learning_rate(LoRA(rank=2)) / 8
+    assert min(record.auto.trials, key=lambda trial: trial.total).learning_rate == lowest_rate
+    assert record.learning_rate == lowest_rate
+    assert record.auto.why_learning_rate.startswith(f"{lowest_rate:g}, which was best of 5 rates")
+
+
 @pytest.mark.parametrize(
     ("totals", "found", "asked"),
     [

@@ -25,7 +25,7 @@ from keepshot.tuning.methods import prepare, seeded
 from keepshot.tuning.stages import Work
 
 FURTHEST = 3
-"""Doublings or halvings of the method's default rate at most."""
+"""Doublings or halvings of the method's default rate at most; what is found is no lower either."""
 CAUTION = 5.0
 """What a nat of the keep terms counts beside one of the target's loss: a short run shows little of
 what a long one loses."""
@@ -81,7 +81,8 @@ def find_rate(
     """Find a learning rate by short runs from the untuned model, which is back afterwards.
 
     From the method's default it goes up and down in factors of two while the total falls, and takes
-    half the best rate: what a short run can bear is too much for a long one.
+    half the best rate: what a short run can bear is too much for a long one. The lowest rate that
+    it would try is taken whole, since further down the target is hardly learned.
 
     Args:
         work: the run; its method has one stage.
@@ -105,12 +106,14 @@ def find_rate(
     trials = tuple(seen.values())
     if chosen.target_loss is None:
         return start, "every short run broke, so the method's default is taken", trials
+    rate = max(chosen.learning_rate / 2.0, start * 2.0**-FURTHEST)
+    share = "half of " if rate < chosen.learning_rate else ""
     why = (
-        f"half of {chosen.learning_rate:g}, which was best of {len(seen)} rates after {steps} "
+        f"{share}{chosen.learning_rate:g}, which was best of {len(seen)} rates after {steps} "
         f"steps (held-out loss {chosen.target_loss:.3f} plus {CAUTION:g} times "
         f"{chosen.keep_loss:.3f} of keep terms)"
     )
-    return chosen.learning_rate / 2.0, why, trials
+    return rate, why, trials
 
 
 def lowest(total: Callable[[int], float]) -> int:
